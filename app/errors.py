@@ -1,0 +1,108 @@
+"""The one tree of domain errors, translated at two edges.
+
+A class's docstring is its message; the constructor takes the facts that complete it. Whether the work may be
+tried again is a property of the class (`retryable`), and so is the HTTP status (`status`): the HTTP edge
+(`app.http`) turns an error into an RFC 9457 problem, the Temporal edge (`app.interceptors`) into an
+`ApplicationError` whose `type` is the class name. Temporal matches those names, so a rename is a breaking change.
+
+Messages reach `orders.last_error`, events, logs and the Temporal UI: they name identifiers and rules, never an
+address, a name or a card.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class TrellisError(Exception):
+    """Something went wrong"""
+
+    retryable: ClassVar[bool] = False
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(self, detail: str = "") -> None:
+        self.title = (type(self).__doc__ or "").splitlines()[0].rstrip(".")
+        self.detail = detail
+        super().__init__(f"{self.title}: {detail}" if detail else self.title)
+
+
+# --- what a caller did -------------------------------------------------------------------------------------
+
+
+class OrderNotFound(TrellisError):
+    """No order has this id"""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class OrderConflict(TrellisError):
+    """The order exists already with another request"""
+
+    status = HTTPStatus.CONFLICT
+
+
+class PaymentConflict(TrellisError):
+    """The payment id belongs to another order or amount"""
+
+    status = HTTPStatus.CONFLICT
+
+
+class TooLate(TrellisError):
+    """The order can no longer take this"""
+
+    status = HTTPStatus.CONFLICT
+
+
+class InvalidRequest(TrellisError):
+    """The request is not valid"""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+# --- what the business decided -----------------------------------------------------------------------------
+
+
+class OrderRejected(TrellisError):
+    """The order failed validation"""
+
+
+class PaymentDeclined(TrellisError):
+    """The payment was declined"""
+
+
+class ShipmentRefused(TrellisError):
+    """The carrier will never take this parcel"""
+
+
+# --- what may be better in a moment ------------------------------------------------------------------------
+
+
+class PaymentUnavailable(TrellisError):
+    """The payment provider did not answer"""
+
+    retryable = True
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class CarrierUnavailable(TrellisError):
+    """The carrier did not answer"""
+
+    retryable = True
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class ServiceUnavailable(TrellisError):
+    """A service this one depends on did not answer"""
+
+    retryable = True
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+# --- what must not happen ----------------------------------------------------------------------------------
+
+
+class IllegalTransition(TrellisError):
+    """The order cannot go from its state to this one"""
+
+    status = HTTPStatus.CONFLICT

@@ -1,0 +1,74 @@
+"""One `Settings`, built once where a process starts and handed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured, read from `TRELLIS_*` environment variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TRELLIS_", extra="ignore", frozen=True)
+
+    # Servers
+    database_url: SecretStr = Field(
+        SecretStr("postgresql://trellis:trellis@localhost:5432/trellis"),
+        description="PostgreSQL of the product.",
+    )
+    database_pool_size: PositiveInt = Field(10, description="Most connections per process.")
+    database_statement_timeout: PositiveFloat = Field(10.0, description="Seconds one SQL statement may take.")
+    temporal_address: str = Field("localhost:7233", description="Temporal frontend, host:port.")
+    temporal_namespace: str = Field("default", description="Temporal namespace.")
+    temporal_api_key: SecretStr | None = Field(None, description="API key, as Temporal Cloud takes it.")
+    temporal_tls: bool = Field(False, description="TLS to Temporal; implied by a key or a certificate.")
+    temporal_tls_ca: Path | None = Field(None, description="File with the CA that signed the server.")
+    temporal_tls_cert: Path | None = Field(None, description="File with the client certificate (mTLS).")
+    temporal_tls_key: Path | None = Field(None, description="File with the client's private key (mTLS).")
+    temporal_rpc_timeout: PositiveFloat = Field(
+        5.0, description="Seconds the API waits for Temporal before it answers 503."
+    )
+    update_timeout: PositiveFloat = Field(
+        10.0, description="Seconds the API waits for a workflow's answer to an update."
+    )
+
+    # API
+    api_host: str = Field("127.0.0.1", description="Address the API listens on.")
+    api_port: Port = Field(8000, description="Port the API listens on.")
+
+    # Workers
+    order_task_queue: str = Field("default", description="Task queue of `OrderWorkflow` and payments.")
+    shipping_task_queue: str = Field("shipping-tq", description="Task queue of `ShippingWorkflow`.")
+    max_concurrent_activities: PositiveInt = Field(50, description="Activity slots per worker.")
+    max_concurrent_workflow_tasks: PositiveInt = Field(50, description="Workflow task slots per worker.")
+    max_cached_workflows: int = Field(1000, ge=0, description="Workflows kept in memory per worker.")
+    graceful_shutdown_timeout: PositiveFloat = Field(
+        20.0, description="Seconds a stopping worker lets running activities finish."
+    )
+
+    # Orders
+    review_timeout_seconds: PositiveInt = Field(
+        10, le=30 * 24 * 3600, description="Review window of an order that does not name its own."
+    )
+    dispatch_attempts: PositiveInt = Field(
+        10, description="Attempts at handing over a parcel before the order is refunded."
+    )
+
+    # Partners
+    payment_url: str | None = Field(None, description="Payment provider; unset: the built-in sandbox.")
+    carrier_url: str | None = Field(None, description="Carrier; unset: the built-in sandbox.")
+    partner_timeout: PositiveFloat = Field(10.0, description="Seconds to wait for a partner's answer.")
+    sandbox_database_url: SecretStr | None = Field(
+        None, description="PostgreSQL of the sandbox's ledger; unset: the product's, in a schema of its own."
+    )
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: readable on a terminal, JSON elsewhere."
+    )
