@@ -1,0 +1,60 @@
+"""`uvicorn app.main:app`: the API and both workers in one process, against the configured servers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from app import worker
+from app.http import create_app
+from app.order.worker import order_worker
+from app.settings import Settings
+from app.shipping.worker import shipping_worker
+from app.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from app.wiring import Services
+
+log = structlog.get_logger(__name__)
+
+
+def create(settings: Settings) -> FastAPI:
+    """The API with both workers in its lifespan. It serves at once; the workers start when their servers are there."""
+    return create_app(settings, beside=_workers)
+
+
+@asynccontextmanager
+async def _workers(services: Services) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
+    running.add_done_callback(_end_the_process_on_failure)
+    try:
+        yield
+    finally:
+        stop.set()
+        # A failure was logged when it happened, and is the reason why we are here.
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def _end_the_process_on_failure(running: asyncio.Task[None]) -> None:
+    # An API that accepts orders which nobody works on looks healthy and is not: whoever supervises the process
+    # restarts it.
+    if not running.cancelled() and running.exception():
+        log.critical("the workers failed, the process ends", exc_info=running.exception())
+        signal.raise_signal(signal.SIGTERM)
+
+
+def __getattr__(name: str) -> Any:
+    # Built when uvicorn asks for it, so that importing `create` reads no settings.
+    if name == "app":
+        settings = Settings()
+        configure_logging(settings)
+        return create(settings)
+    raise AttributeError(name)

@@ -1,0 +1,212 @@
+"""The HTTP interface of orders. The paths, bodies and answers of the first block are published: docs/api.md."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi.responses import Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+
+from app.errors import InvalidRequest, OrderNotFound
+from app.order.feed import EventFeed
+from app.order.models import (
+    Accepted,
+    Decided,
+    Event,
+    Events,
+    OrderId,
+    OrderPage,
+    OrderStatus,
+    OrderView,
+    Review,
+    ReviewPage,
+    SignalBody,
+    StartAccepted,
+    StartOrder,
+)
+from app.order.repository import OrderRepository
+from app.order.service import OrderService
+from app.problems import problems
+from app.shipping.models import Address
+from app.steps import Step
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class OrderParts:
+    """What the routes need; the wiring puts one on the application's state as `orders`."""
+
+    service: OrderService
+    repository: OrderRepository
+    feed: EventFeed
+
+
+def _parts(request: Request) -> OrderParts:
+    parts: OrderParts = request.app.state.orders
+    return parts
+
+
+Orders = Annotated[OrderParts, Depends(_parts)]
+Id = Annotated[OrderId, Path(alias="id", description="1 to 64 of `A-Z a-z 0-9 . _ -`.", examples=["o-1"])]
+After = Annotated[str | None, Query(description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
+
+
+# --- published
+
+
+@router.post(
+    "/orders/{id}/start",
+    status_code=202,
+    tags=["orders"],
+    summary="Start an order",
+    responses=problems(409, 413),
+)
+async def start(order_id: Id, request: StartOrder, orders: Orders) -> StartAccepted:
+    """Accept an order. With 202 it is durable: it will be carried to an end whatever crashes.
+
+    The same call again answers the same; another request under the same id, or a payment id of another order, gets
+    409 and charges nothing.
+    """
+    return await orders.service.start(order_id, request)
+
+
+@router.post(
+    "/orders/{id}/signals/approve",
+    status_code=202,
+    tags=["signals"],
+    summary="Approve",
+    responses=problems(404, 409),
+)
+async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
+    """Approve the order. It counts when it reaches the workflow before the review window has been closed; an event
+    says so when it did not."""
+    await orders.service.approve(order_id)
+    return Accepted(order_id=order_id, signal="approve")
+
+
+@router.post(
+    "/orders/{id}/signals/cancel",
+    status_code=202,
+    tags=["signals"],
+    summary="Cancel",
+    responses=problems(404, 409),
+)
+async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
+    """Cancel the order. What was charged is refunded, unless the carrier has the parcel; then an event says so."""
+    await orders.service.cancel(order_id)
+    return Accepted(order_id=order_id, signal="cancel")
+
+
+@router.post(
+    "/orders/{id}/signals/address",
+    status_code=202,
+    tags=["signals"],
+    summary="Change the address",
+    responses=problems(404, 409),
+)
+async def signal_address(order_id: Id, address: Address, orders: Orders) -> Accepted:
+    """Change the address, until the parcel is handed over."""
+    await orders.service.signal_address(order_id, address)
+    return Accepted(order_id=order_id, signal="address")
+
+
+@router.get("/orders/{id}/status", tags=["orders"], summary="Where an order is", responses=problems(404))
+async def status(order_id: Id, orders: Orders) -> OrderStatus:
+    """Step and last error, also while Temporal or the workers are down."""
+    return await orders.service.status(order_id)
+
+
+# --- calls that are answered
+
+
+@router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409))
+async def review(order_id: Id, decision: Review, orders: Orders) -> Decided:
+    """Approve or reject. 200 means that this decision is the one that counts."""
+    return await orders.service.review(order_id, decision)
+
+
+@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409))
+async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Decided:
+    """Cancel. 200 means that nothing will stay charged; 409 that it is too late."""
+    return await orders.service.cancel_now(order_id)
+
+
+@router.put(
+    "/orders/{id}/address",
+    tags=["orders"],
+    summary="Change the address, answered",
+    responses=problems(404, 409),
+)
+async def change_address(order_id: Id, address: Address, orders: Orders) -> Decided:
+    """Change the address. 200 means that the parcel will go there."""
+    return await orders.service.change_address(order_id, address)
+
+
+# --- reads
+
+
+@router.get("/orders", tags=["orders"], summary="List orders", responses=problems())
+async def newest(orders: Orders, step: Step | None = None, after: After = None, limit: Limit = 50) -> OrderPage:
+    """Orders, newest first."""
+    return await orders.repository.newest(step, after, limit)
+
+
+@router.get("/orders/{id}", tags=["orders"], summary="All of an order", responses=problems(404))
+async def view(order_id: Id, orders: Orders) -> OrderView:
+    """Everything that is written down of an order."""
+    found = await orders.repository.view(order_id)
+    if found is None:
+        raise OrderNotFound(order_id)
+    return found
+
+
+@router.get(
+    "/orders/{id}/events",
+    tags=["orders"],
+    summary="The timeline",
+    response_model=Events,
+    responses={
+        **problems(404),
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    },
+)
+async def events(
+    order_id: Id,
+    orders: Orders,
+    accept: Annotated[str, Header()] = "application/json",
+    last_event_id: Annotated[
+        str | None, Header(description="With `text/event-stream`: go on after this event.")
+    ] = None,
+) -> Response | Events:
+    """What happened, oldest first. With `Accept: text/event-stream` also what happens, until the order has ended."""
+    await orders.service.status(order_id)
+    if "text/event-stream" in accept:
+        stream = orders.feed.watch(order_id, _event_number(last_event_id))
+        return EventSourceResponse(_server_sent(stream), headers={"Cache-Control": "no-cache"})
+    return await orders.repository.events(order_id)
+
+
+@router.get("/reviews", tags=["reviews"], summary="The clerk's queue", responses=problems())
+async def reviews(orders: Orders, after: After = None, limit: Limit = 50) -> ReviewPage:
+    """Orders that wait for a decision, the most urgent first."""
+    return await orders.repository.in_review(after, limit)
+
+
+def _event_number(last_event_id: str | None) -> int:
+    try:
+        return int(last_event_id or 0)
+    except ValueError:
+        raise InvalidRequest("Last-Event-ID: not the id of an event") from None
+
+
+async def _server_sent(stream: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
+    async for event in stream:
+        if event is None:
+            yield format_sse_event(comment="still here")
+        else:
+            yield format_sse_event(id=str(event.id), event=event.type, data_str=event.model_dump_json())

@@ -1,0 +1,34 @@
+"""The worker of the orders' task queue: orders and their payments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from app.order.activities import OrderActivities
+from app.order.repository import OrderRepository
+from app.order.workflows import OrderWorkflow
+from app.payment.activities import PaymentActivities
+from app.payment.repository import PaymentRepository
+from app.worker import WorkerPart
+
+if TYPE_CHECKING:
+    from app.wiring import Services
+
+
+def order_worker(services: Services) -> WorkerPart:
+    """What runs on `settings.order_task_queue`."""
+    orders = OrderActivities(OrderRepository(services.pool))
+    payments = PaymentActivities(PaymentRepository(services.pool), services.gateway)
+    return WorkerPart(
+        task_queue=services.settings.order_task_queue,
+        workflows=[OrderWorkflow],
+        activities=[
+            orders.receive,
+            orders.validate,
+            orders.close,
+            orders.change_address,
+            orders.note,
+            payments.charge,
+            payments.refund,
+        ],
+    )

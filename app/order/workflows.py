@@ -1,0 +1,371 @@
+"""`OrderWorkflow`: the life of an order, from its receipt to its end.
+
+Signals and updates only set facts (`_review`, `_cancel`, …) or take what changes no step (addresses, notes); the one
+line of steps in `run` reads those facts where they count. So there is one decision per order, in history order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+from pydantic import ValidationError
+from temporalio import workflow
+from temporalio.common import WorkflowIDReusePolicy
+from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError, FailureError
+
+with workflow.unsafe.imports_passed_through():
+    from app import policies
+    from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.order.activities import OrderActivities
+    from app.order.models import (
+        AddressChange,
+        AddressSignal,
+        CloseOrder,
+        Decided,
+        NoteRequest,
+        OrderInput,
+        OrderResult,
+        OrderStatus,
+        Review,
+        SignalPayload,
+        Verdict,
+    )
+    from app.payment.activities import PaymentActivities
+    from app.payment.models import ChargeRequest, RefundRequest
+    from app.shipping.activities import ShippingActivities
+    from app.shipping.models import (
+        Address,
+        DispatchFailed,
+        Shipment,
+        ShippingInput,
+        ShippingOutcome,
+        ShippingResult,
+        shipping_workflow_id,
+    )
+    from app.shipping.workflows import ShippingWorkflow
+    from app.steps import Step
+
+#: Signals that changed nothing are told in the timeline, but a flood of them must not fill the history.
+MAX_NOTES = 20
+
+
+@workflow.defn
+class OrderWorkflow:
+    """Receive, validate, wait for a review, charge, ship; refund what was charged and cannot be shipped."""
+
+    @workflow.init
+    def __init__(self, order: OrderInput) -> None:
+        self._order = order
+        self._step = Step.RECEIVED
+        self._last_error: str | None = None
+        self._written_down = False
+        self._review: Review | None = None
+        self._cancel = False
+        self._dispatch_failed: str | None = None
+        self._shipment: workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult] | None = None
+        self._address_turn = asyncio.Lock()
+        self._notes = 0
+
+    @workflow.run
+    async def run(self, order: OrderInput) -> OrderResult:  # noqa: ARG002 - `__init__` has it
+        story = asyncio.create_task(self._live())
+        while not story.done():
+            try:
+                await asyncio.shield(story)
+            except asyncio.CancelledError:
+                # Somebody cancelled the workflow itself, in Temporal's UI say. To stop here could leave a charge
+                # without goods: it is taken as the order's cancellation, and the story goes on to a proper end.
+                self._cancel = True
+        return story.result()
+
+    async def _live(self) -> OrderResult:
+        for step in (self._receive, self._validate, self._await_review, self._charge, self._ship):
+            await step()
+            if self._step.final:
+                break
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        return OrderResult(order_id=self._order.order_id, step=self._step)
+
+    # --- the steps, in their order
+
+    async def _receive(self) -> None:
+        await workflow.execute_activity_method(OrderActivities.receive, self._order, **policies.DATABASE)
+        self._written_down = True
+
+    async def _validate(self) -> None:
+        if self._cancel:
+            await self._close(Step.CANCELLED, "cancelled before the review")
+            return
+        try:
+            await workflow.execute_activity_method(OrderActivities.validate, self._order, **policies.DATABASE)
+        except ActivityError as error:
+            self._enter_failed(Step.REJECTED, error, OrderRejected)
+        else:
+            self._step = Step.AWAITING_REVIEW
+
+    async def _await_review(self) -> None:
+        try:
+            await workflow.wait_condition(
+                lambda: self._cancel or self._review is not None,
+                timeout=timedelta(seconds=self._order.review_timeout_seconds),
+                timeout_summary="review window",
+            )
+        except TimeoutError:
+            # An approval in the same workflow task as the timer was applied before it, and counts.
+            pass
+        if self._cancel:
+            await self._close(Step.CANCELLED, "cancelled before the charge")
+        elif self._review is None:
+            await self._close(Step.EXPIRED, "nobody decided in time")
+        elif self._review.decision is Verdict.REJECT:
+            await self._close(Step.REJECTED, "rejected by the review", self._review.note)
+        else:
+            self._step = Step.CHARGING
+
+    async def _charge(self) -> None:
+        request = self._order.request
+        try:
+            await workflow.execute_activity_method(
+                PaymentActivities.charge,
+                ChargeRequest(
+                    order_id=self._order.order_id,
+                    payment_id=request.payment_id,
+                    money=request.total,
+                    approval_note=self._review.note if self._review else "",
+                ),
+                **policies.PAYMENT,
+            )
+        except ActivityError as error:
+            self._enter_failed(Step.PAYMENT_FAILED, error, PaymentDeclined, PaymentConflict)
+            return
+        self._step = Step.CHARGED
+        if self._cancel:
+            await self._refund(Step.CANCELLED, "cancelled during the charge")
+
+    async def _ship(self) -> None:
+        self._shipment = shipment = await self._start_shipment()
+        await workflow.wait_condition(lambda: shipment.done() or self._cancel)
+        if not shipment.done():
+            await self._tell_shipment("cancel")
+        try:
+            result = await shipment
+        except ChildWorkflowError as error:
+            await self._settle_failed_shipment(error)
+            return
+        if result.outcome is ShippingOutcome.RECALLED:
+            await self._refund(Step.CANCELLED, "cancelled before the carrier took the parcel")
+        else:
+            await self._enter_shipped()
+
+    # --- parts of the steps
+
+    async def _close(self, step: Step, reason: str, note: str = "") -> None:
+        # First the fact, so that a decision arriving while the row is written is told that it is too late.
+        self._step = step
+        await workflow.execute_activity_method(
+            OrderActivities.close,
+            CloseOrder(order_id=self._order.order_id, step=step, reason=reason, note=note),
+            **policies.DATABASE,
+        )
+
+    def _enter_failed(self, step: Step, error: ActivityError, *expected: type[Exception]) -> None:
+        """Enter a step that the activity has written down before it failed. Anything else is a defect: it fails
+        the workflow visibly, and the order stays open for an operator."""
+        cause = error.cause
+        if not isinstance(cause, ApplicationError) or cause.type not in {kind.__name__ for kind in expected}:
+            raise error
+        self._step, self._last_error = step, cause.message
+
+    async def _start_shipment(self) -> workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult]:
+        """Returns when the child has really started; only then may its parent close without losing it."""
+        order = self._order
+        return await workflow.start_child_workflow(
+            ShippingWorkflow.run,
+            ShippingInput(
+                order_id=order.order_id,
+                payment_id=order.request.payment_id,
+                money=order.request.total,
+                address=order.request.address,
+                dispatch_attempts=order.dispatch_attempts,
+                order_task_queue=order.order_task_queue,
+            ),
+            id=shipping_workflow_id(order.order_id),
+            task_queue=order.shipping_task_queue,
+            parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+        )
+
+    async def _tell_shipment(self, signal: str, *args: Address) -> None:
+        if self._shipment is None:
+            return
+        try:
+            await self._shipment.signal(signal, args=list(args))
+        except FailureError:
+            # It has ended in the meantime; its result, which `_ship` awaits, says how.
+            workflow.logger.info("the shipment ended before the signal reached it", extra={"signal": signal})
+
+    async def _settle_failed_shipment(self, error: ChildWorkflowError) -> None:
+        reason = self._dispatch_failed
+        if reason is None:
+            # It did not end by its own decision (terminated, say), so where the parcel is, only the carrier knows.
+            taken = await workflow.execute_activity_method(
+                ShippingActivities.recall,
+                Shipment(order_id=self._order.order_id),
+                task_queue=self._order.shipping_task_queue,
+                **policies.RECALL,
+            )
+            if taken:
+                await self._enter_shipped()
+                return
+            reason = f"the shipment ended without a result: {error.cause or error}"
+        await self._refund(Step.SHIPPING_FAILED, reason)
+        self._last_error = reason
+
+    async def _refund(self, close_as: Step, reason: str) -> None:
+        await workflow.execute_activity_method(
+            PaymentActivities.refund,
+            RefundRequest(
+                order_id=self._order.order_id,
+                payment_id=self._order.request.payment_id,
+                money=self._order.request.total,
+                close_as=close_as,
+                reason=reason,
+            ),
+            **policies.PAYMENT,
+        )
+        self._step = close_as
+
+    async def _enter_shipped(self) -> None:
+        self._step = Step.SHIPPED
+        if self._cancel:
+            await self._note("cancel_refused", "the carrier has the parcel")
+
+    # --- signals: always taken; told in the timeline when they no longer count
+
+    @workflow.signal
+    async def approve(self, _: SignalPayload | None = None) -> None:
+        """Approve the order, also before its review opens."""
+        too_late = self._why_no_review()
+        if too_late:
+            await self._note("approve_ignored", too_late)
+        else:
+            self._review = Review(decision=Verdict.APPROVE)
+
+    @workflow.signal
+    async def cancel(self, _: SignalPayload | None = None) -> None:
+        """Cancel the order; after the charge, get the parcel back and refund."""
+        too_late = self._why_no_cancel()
+        if too_late:
+            await self._note("cancel_refused", too_late)
+        else:
+            self._cancel = True
+
+    @workflow.signal
+    async def address(self, payload: AddressSignal | None = None) -> None:
+        """Change the address until `dispatch` starts."""
+        try:
+            address = Address.model_validate((payload or AddressSignal()).model_dump(exclude_none=True))
+        except ValidationError as error:
+            fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors()})
+            await self._note("address_ignored", f"not valid: {', '.join(fields)}")
+        else:
+            await self._change_address(address)
+
+    @workflow.signal
+    def dispatch_failed(self, failed: DispatchFailed) -> None:
+        """The child gave up: nothing was shipped and nothing will be."""
+        self._dispatch_failed = failed.reason
+
+    # --- updates: answered, or refused with the reason
+
+    @workflow.update
+    async def review(self, review: Review) -> Decided:
+        """Decide the review."""
+        self._review = review
+        return self._decided()
+
+    @review.validator
+    def _validate_review(self, review: Review) -> None:  # noqa: ARG002 - a validator has the update's signature
+        self._refuse_if(self._why_no_review())
+
+    @workflow.update
+    async def cancel_order(self, _: SignalPayload) -> Decided:
+        """Cancel the order. Answers as soon as it is certain that nothing will stay charged; while the parcel is
+        being handed over, that is for the carrier to say."""
+        self._cancel = True
+        if self._step in {Step.CHARGED, Step.PREPARED}:
+            await workflow.wait_condition(lambda: self._step.final)
+        decided = self._decided()
+        if decided.step is Step.SHIPPED:
+            self._refuse_if("the carrier has the parcel")
+        return decided
+
+    @cancel_order.validator
+    def _validate_cancel(self, _: SignalPayload) -> None:
+        self._refuse_if(self._why_no_cancel())
+
+    @workflow.update
+    async def change_address(self, address: Address) -> Decided:
+        """Change the address until `dispatch` starts."""
+        if not await self._change_address(address):
+            self._refuse_if("the parcel is being handed over")
+        return self._decided()
+
+    @change_address.validator
+    def _validate_address(self, address: Address) -> None:  # noqa: ARG002 - as above
+        if self._step.final:
+            self._refuse_if(f"the order is {self._step}")
+
+    @workflow.query
+    def status(self) -> OrderStatus:
+        """Where the workflow is. PostgreSQL also knows of attempts that are being repeated and of the shipment's
+        own steps; `GET /orders/{id}/status` answers from there."""
+        return OrderStatus(order_id=self._order.order_id, step=self._step, last_error=self._last_error)
+
+    # --- what signals and updates share
+
+    def _why_no_review(self) -> str | None:
+        """Why a decision no longer counts; None when it does."""
+        if self._step not in {Step.RECEIVED, Step.AWAITING_REVIEW}:
+            return f"the order is {self._step}"
+        if self._cancel:
+            return "the order is being cancelled"
+        if self._review is not None:
+            return f"the review said {self._review.decision}"
+        return None
+
+    def _why_no_cancel(self) -> str | None:
+        return f"the order is {self._step}" if self._step.final else None
+
+    def _refuse_if(self, reason: str | None) -> None:
+        if reason:
+            raise ApplicationError(reason, type=TooLate.__name__, non_retryable=True)
+
+    def _decided(self) -> Decided:
+        return Decided(order_id=self._order.order_id, step=self._step)
+
+    async def _change_address(self, address: Address) -> bool:
+        """Whether it was taken. One at a time, so that the last one in history is the one that stays."""
+        async with self._address_turn:
+            await workflow.wait_condition(lambda: self._written_down)
+            decision = await workflow.execute_activity_method(
+                OrderActivities.change_address,
+                AddressChange(order_id=self._order.order_id, address=address),
+                **policies.DATABASE,
+            )
+            if decision.accepted:
+                await self._tell_shipment("address", address)
+            return decision.accepted
+
+    async def _note(self, event: str, reason: str) -> None:
+        self._notes += 1
+        if self._notes > MAX_NOTES:
+            workflow.logger.warning("too many signals that change nothing; not told", extra={"event_type": event})
+            return
+        await workflow.wait_condition(lambda: self._written_down)
+        await workflow.execute_activity_method(
+            OrderActivities.note,
+            NoteRequest(order_id=self._order.order_id, type=event, payload={"reason": reason}),
+            **policies.DATABASE,
+        )

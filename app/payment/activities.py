@@ -1,0 +1,56 @@
+"""Moving money: claim, ask the provider, write down. No transaction is open while the provider is asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from temporalio import activity
+
+from app.errors import PaymentDeclined
+from app.payment.gateway import Receipt
+from app.payment.models import ChargeRequest, RefundRequest
+
+if TYPE_CHECKING:
+    from app.payment.gateway import PaymentGateway
+    from app.payment.repository import PaymentRepository
+
+
+class PaymentActivities:
+    """`charge` and `refund`, each safe to repeat from any point at which it can break off."""
+
+    def __init__(self, payments: PaymentRepository, gateway: PaymentGateway) -> None:
+        self._payments = payments
+        self._gateway = gateway
+
+    @activity.defn
+    async def charge(self, request: ChargeRequest) -> Receipt:
+        """Take the money once, whatever crashes: a repeat asks the provider with the same idempotency key.
+
+        Raises:
+            PaymentDeclined: the provider said no; the order is `payment_failed`.
+            PaymentConflict: the payment id belongs to another order or amount; likewise.
+            PaymentUnavailable: no answer; the order stays `charging` and the attempt is repeated.
+        """
+        charged_before = await self._payments.begin_charge(request)
+        if charged_before:
+            return charged_before
+        try:
+            receipt = await self._gateway.charge(request.payment_id, request.money)
+        except PaymentDeclined as declined:
+            await self._payments.fail_charge(request, str(declined))
+            raise
+        await self._payments.complete_charge(request, receipt)
+        return receipt
+
+    @activity.defn
+    async def refund(self, request: RefundRequest) -> None:
+        """Give the money back once and close the order.
+
+        Raises:
+            PaymentUnavailable: no answer; the order keeps its step and the attempt is repeated.
+            TooLate: the order was shipped in the meantime.
+            PaymentConflict: there is no charge to give back.
+        """
+        if await self._payments.begin_refund(request):
+            receipt = await self._gateway.refund(request.payment_id, request.money)
+            await self._payments.complete_refund(request, receipt)

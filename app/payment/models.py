@@ -1,0 +1,38 @@
+"""The contract of the payment activities."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, Field
+
+from app.money import Money
+from app.steps import Step
+
+
+class PaymentStatus(StrEnum):
+    """`payments.status`. INIT is in doubt: a charge has begun and its outcome is not recorded yet."""
+
+    INIT = "INIT"
+    CHARGED = "CHARGED"
+    FAILED = "FAILED"
+    REFUNDED = "REFUNDED"
+
+
+class ChargeRequest(BaseModel):
+    """Argument of the activity `charge`."""
+
+    order_id: str
+    payment_id: str
+    money: Money
+    approval_note: str = Field("", description="What the clerk wrote, kept with the event `charging`.")
+
+
+class RefundRequest(BaseModel):
+    """Argument of the activity `refund`: give the money back and close the order, in one transaction."""
+
+    order_id: str
+    payment_id: str
+    money: Money
+    close_as: Step = Field(description="`cancelled` or `shipping_failed`.")
+    reason: str

@@ -1,0 +1,153 @@
+"""Payments in PostgreSQL. Each method is one transaction; no provider is called while one is open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from app import events
+from app.errors import PaymentConflict, PaymentDeclined, TooLate, TrellisError
+from app.money import Money
+from app.payment.gateway import Receipt
+from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
+from app.steps import Step
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from app.db import Connection
+
+_CLAIM = """
+INSERT INTO payments (payment_id, order_id, status, amount, asked, currency) VALUES ($1, $2, 'INIT', 0, $3, $4)
+ON CONFLICT DO NOTHING
+"""
+
+_LOCK = """
+SELECT payments.order_id, status, amount, asked, payments.currency, provider_reference, orders.state
+FROM payments JOIN orders ON orders.id = payments.order_id
+WHERE payments.payment_id = $1
+FOR NO KEY UPDATE OF payments
+"""
+
+_CHARGED = """
+UPDATE payments SET status = 'CHARGED', amount = $2, provider_reference = $3, settled_at = clock_timestamp()
+WHERE payment_id = $1 AND status = 'INIT'
+"""
+
+_FAILED = """
+UPDATE payments SET status = 'FAILED', settled_at = clock_timestamp() WHERE payment_id = $1 AND status = 'INIT'
+"""
+
+_REFUNDED = """
+UPDATE payments SET status = 'REFUNDED', refund_reference = $2, settled_at = clock_timestamp()
+WHERE payment_id = $1 AND status = 'CHARGED'
+"""
+
+
+class PaymentRepository:
+    """The table `payments`, and the steps of an order that go with it."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def begin_charge(self, request: ChargeRequest) -> Receipt | None:
+        """Claim the payment id for this order and amount, and enter `charging`. The receipt, if it is charged.
+
+        Raises:
+            PaymentConflict: the id belongs to another order or amount; the order has entered `payment_failed`.
+            PaymentDeclined: the charge was declined in an earlier attempt; likewise.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(
+                _CLAIM, request.payment_id, request.order_id, request.money.amount, request.money.currency
+            )
+            payment = await connection.fetchrow(_LOCK, request.payment_id)
+            refusal = _refusal(payment, request)
+            note = {"note": request.approval_note} if request.approval_note else {}
+            await events.enter(connection, request.order_id, Step.CHARGING, {"payment_id": request.payment_id, **note})
+            if refusal:
+                await _close_unpaid(connection, request, str(refusal))
+        if refusal:
+            raise refusal
+        return _receipt(payment) if payment and payment["status"] == PaymentStatus.CHARGED else None
+
+    async def complete_charge(self, request: ChargeRequest, receipt: Receipt) -> None:
+        """Write down what was charged, and enter `charged`."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(_CHARGED, request.payment_id, receipt.money.amount, receipt.reference)
+            await events.enter(
+                connection,
+                request.order_id,
+                Step.CHARGED,
+                {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
+            )
+
+    async def fail_charge(self, request: ChargeRequest, reason: str) -> None:
+        """Write down that the provider declined, and enter `payment_failed`."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(_FAILED, request.payment_id)
+            await _close_unpaid(connection, request, reason)
+
+    async def begin_refund(self, request: RefundRequest) -> bool:
+        """Whether there is still something to give back.
+
+        Raises:
+            TooLate: the order was shipped.
+            PaymentConflict: there is no charge to give back.
+        """
+        async with self._pool.acquire() as connection:
+            payment = await connection.fetchrow(_LOCK, request.payment_id)
+        if payment is None or payment["order_id"] != request.order_id:
+            raise PaymentConflict(f"{request.payment_id} has no charge for order {request.order_id}")
+        if payment["state"] == Step.SHIPPED:
+            raise TooLate(f"{request.order_id} was shipped; nothing is refunded")
+        if payment["status"] not in {PaymentStatus.CHARGED, PaymentStatus.REFUNDED}:
+            raise PaymentConflict(f"{request.payment_id} is {payment['status']}, not charged")
+        return bool(payment["status"] == PaymentStatus.CHARGED)
+
+    async def complete_refund(self, request: RefundRequest, receipt: Receipt) -> None:
+        """Write down what was given back, and close the order."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
+            await events.record(
+                connection,
+                request.order_id,
+                "refunded",
+                {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
+                key="refunded",
+            )
+            failed = request.close_as is Step.SHIPPING_FAILED
+            await events.enter(
+                connection,
+                request.order_id,
+                request.close_as,
+                {"reason": request.reason},
+                error=request.reason if failed else None,
+            )
+
+
+def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisError | None:
+    if payment is None:
+        return PaymentConflict(f"order {request.order_id} already has another payment")
+    if payment["order_id"] != request.order_id:
+        return PaymentConflict(f"{request.payment_id} belongs to another order")
+    if (payment["asked"], payment["currency"]) != (request.money.amount, request.money.currency):
+        return PaymentConflict(f"{request.payment_id} was used for another amount")
+    if payment["status"] == PaymentStatus.FAILED:
+        return PaymentDeclined(f"{request.payment_id} was declined before")
+    if payment["status"] == PaymentStatus.REFUNDED:
+        return PaymentConflict(f"{request.payment_id} was refunded")
+    return None
+
+
+async def _close_unpaid(connection: Connection, request: ChargeRequest, reason: str) -> None:
+    payload = {"payment_id": request.payment_id, "reason": reason}
+    await events.enter(connection, request.order_id, Step.PAYMENT_FAILED, payload, error=reason)
+
+
+def _receipt(payment: asyncpg.Record) -> Receipt:
+    money = Money(amount=payment["amount"], currency=payment["currency"])
+    return Receipt(reference=payment["provider_reference"], money=money)
+
+
+def _told(money: Money) -> dict[str, str]:
+    return {"amount": str(money.amount), "currency": money.currency}

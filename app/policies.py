@@ -1,0 +1,65 @@
+"""Every retry policy and time-out of the workflows, each with its reason.
+
+No activity has a total time limit unless it says so: an accepted order waits for a dependency that is down,
+visibly (`last_error`, events, metrics), rather than fail because of it. Errors that no repeat can mend are
+non-retryable by their class (`app.errors`), so no policy lists names.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final, TypedDict
+
+from temporalio.common import RetryPolicy
+
+
+class ActivityOptions(TypedDict, total=False):
+    """What is handed to `workflow.execute_activity` besides the activity and its argument."""
+
+    start_to_close_timeout: timedelta
+    schedule_to_close_timeout: timedelta
+    retry_policy: RetryPolicy
+
+
+#: One or two SQL statements. The pool gives up after 10 s, so 15 s means that the worker is gone. A database
+#: that restarts is back in seconds: repeat soon, but no more than twice a minute when it stays away.
+DATABASE: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(seconds=15),
+    retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=500), maximum_interval=timedelta(seconds=30)),
+)
+
+#: A provider's call (10 s at most, `TRELLIS_PARTNER_TIMEOUT`) between two transactions. For ever: the outcome of a
+#: charge that has begun must be known. Once a minute at most, because providers limit rates.
+PAYMENT: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(seconds=40),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1)),
+)
+
+
+def dispatch(attempts: int) -> ActivityOptions:
+    """A carrier's call. It gives up after `attempts`: a parcel that nobody takes is refunded, not kept for ever."""
+    return ActivityOptions(
+        start_to_close_timeout=timedelta(seconds=40),
+        retry_policy=RetryPolicy(
+            initial_interval=timedelta(seconds=1),
+            maximum_interval=timedelta(seconds=30),
+            maximum_attempts=attempts,
+        ),
+    )
+
+
+#: Asking the carrier for the parcel back because the customer cancelled. For ever: the money goes back only when
+#: it is certain that the parcel stays.
+RECALL: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(seconds=40),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
+
+#: The same after `dispatch` gave up: the carrier has been asked many times and most likely never answers.
+RECALL_AFTER_GIVING_UP: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(seconds=40),
+    schedule_to_close_timeout=timedelta(minutes=1),
+    retry_policy=RetryPolicy(
+        initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=5
+    ),
+)

@@ -1,0 +1,79 @@
+"""The contract of `ShippingWorkflow`: owned here, imported by whoever ships."""
+
+from __future__ import annotations
+
+import unicodedata
+from enum import StrEnum
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from app.money import Money
+
+SHIPPING_TASK_QUEUE: Final = "shipping-tq"
+
+
+def shipping_workflow_id(order_id: str) -> str:
+    """One shipment per order."""
+    return f"shipping/{order_id}"
+
+
+def _printable(text: str) -> str:
+    if any(unicodedata.category(char).startswith("C") for char in text):
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+_Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_printable)]
+
+
+class Address(BaseModel):
+    """Where the parcel goes. Personal data: never in a log, a metric, a span or a workflow id."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"examples": [{"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}]},
+    )
+
+    line1: Annotated[_Line, Field(max_length=200)]
+    city: Annotated[_Line, Field(max_length=100)]
+    state: Annotated[_Line, Field(max_length=64)]
+    zip: Annotated[_Line, Field(max_length=16)]
+
+
+class ShippingInput(BaseModel):
+    """What the shipment needs to finish by itself, also when its parent is gone."""
+
+    order_id: str
+    payment_id: str
+    money: Money
+    address: Address | None = None
+    dispatch_attempts: int = Field(10, description="Attempts at `dispatch` before the shipment gives up.")
+    order_task_queue: str = Field("default", description="Where refunds run, for a shipment without parent.")
+
+
+class Shipment(BaseModel):
+    """Argument of the activities `prepare`, `dispatch` and `recall`."""
+
+    order_id: str
+
+
+class ShippingOutcome(StrEnum):
+    """How a shipment that did not fail ended."""
+
+    SHIPPED = "shipped"
+    RECALLED = "recalled"
+
+
+class ShippingResult(BaseModel):
+    """What the parent learns. A shipment that gives up fails instead, after telling the parent by signal."""
+
+    outcome: ShippingOutcome
+    tracking: str | None = None
+
+
+class DispatchFailed(BaseModel):
+    """Payload of the signal `dispatch_failed` to the parent: nothing was shipped and nothing will be."""
+
+    reason: str = ""

@@ -1,0 +1,68 @@
+"""Shipments in PostgreSQL: the part of an order's row that belongs to its parcel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from app import events
+from app.errors import OrderNotFound
+from app.shipping.carrier import Handover
+from app.shipping.models import Address
+from app.steps import Step
+
+if TYPE_CHECKING:
+    import asyncpg
+
+_FREEZE = """
+UPDATE orders SET dispatch_started_at = coalesce(dispatch_started_at, clock_timestamp())
+WHERE id = $1 RETURNING address_json, tracking
+"""
+
+_TAKEN = "UPDATE orders SET tracking = $2 WHERE id = $1"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is handed over: an order with its address, frozen. `handover` once the carrier took it."""
+
+    address: Address | None
+    handover: Handover | None
+
+
+class ShipmentRepository:
+    """An order's shipment."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def prepare(self, order_id: str) -> None:
+        """Enter `prepared`."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await events.enter(connection, order_id, Step.PREPARED)
+
+    async def begin_dispatch(self, order_id: str) -> Parcel:
+        """Freeze the address: from here on a change is refused.
+
+        Raises:
+            OrderNotFound: there is no such order.
+        """
+        row = await self._pool.fetchrow(_FREEZE, order_id)
+        if row is None:
+            raise OrderNotFound(order_id)
+        return Parcel(
+            address=Address.model_validate(row["address_json"]) if row["address_json"] else None,
+            handover=Handover(tracking=row["tracking"]) if row["tracking"] else None,
+        )
+
+    async def complete_dispatch(self, order_id: str, handover: Handover, *, pickup: bool) -> None:
+        """Write down that the carrier has the parcel, and enter `shipped`."""
+        payload: dict[str, Any] = {"tracking": handover.tracking, "pickup": pickup}
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(_TAKEN, order_id, handover.tracking)
+            await events.enter(connection, order_id, Step.SHIPPED, payload)
+
+    async def complete_recall(self, order_id: str) -> None:
+        """Tell that the parcel was withdrawn: nothing was shipped and nothing will be."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await events.record(connection, order_id, "recalled", {}, key="recalled")

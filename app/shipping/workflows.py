@@ -1,0 +1,135 @@
+"""`ShippingWorkflow`: a parcel's life, started by an order and able to finish without it."""
+
+from __future__ import annotations
+
+from temporalio import workflow
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+
+with workflow.unsafe.imports_passed_through():
+    from app import policies
+    from app.payment.activities import PaymentActivities
+    from app.payment.models import RefundRequest
+    from app.shipping.activities import ShippingActivities
+    from app.shipping.carrier import Handover
+    from app.shipping.models import (
+        Address,
+        DispatchFailed,
+        Shipment,
+        ShippingInput,
+        ShippingOutcome,
+        ShippingResult,
+    )
+    from app.steps import Step
+
+
+@workflow.defn
+class ShippingWorkflow:
+    """Prepare, dispatch; recall when told to or when nobody takes the parcel.
+
+    Whether a parcel that is being handed over can still be stopped is for the carrier to say: `recall` asks it,
+    and its answer is the answer.
+    """
+
+    @workflow.init
+    def __init__(self, shipping: ShippingInput) -> None:
+        self._shipping = shipping
+        self._shipment = Shipment(order_id=shipping.order_id)
+        self._address = shipping.address
+        self._step = Step.CHARGED
+        self._told_to_cancel = False
+        self._failure = ""
+
+    @workflow.run
+    async def run(self, shipping: ShippingInput) -> ShippingResult:  # noqa: ARG002 - `__init__` has it
+        await self._prepare()
+        handover = await self._dispatch() or await self._recall()
+        if handover:
+            self._step = Step.SHIPPED
+            return ShippingResult(outcome=ShippingOutcome.SHIPPED, tracking=handover.tracking)
+        if self._told_to_cancel:
+            return ShippingResult(outcome=ShippingOutcome.RECALLED)
+        if not await self._tell_parent():
+            await self._refund()
+        raise ApplicationError(self._failure, type=DispatchFailed.__name__, non_retryable=True)
+
+    # --- the story
+
+    async def _prepare(self) -> None:
+        await workflow.execute_activity_method(ShippingActivities.prepare, self._shipment, **policies.DATABASE)
+        self._step = Step.PREPARED
+
+    async def _dispatch(self) -> Handover | None:
+        """The handover; None when it was given up or called off, with the parcel's whereabouts unknown."""
+        if self._told_to_cancel:
+            return None
+        dispatch = workflow.start_activity_method(
+            ShippingActivities.dispatch,
+            self._shipment,
+            **policies.dispatch(self._shipping.dispatch_attempts),
+        )
+        await workflow.wait_condition(lambda: dispatch.done() or self._told_to_cancel)
+        if not dispatch.done():
+            dispatch.cancel()
+        try:
+            return await dispatch
+        except ActivityError as error:
+            self._failure = _message(error)
+            return None
+
+    async def _recall(self) -> Handover | None:
+        policy = policies.RECALL if self._told_to_cancel else policies.RECALL_AFTER_GIVING_UP
+        try:
+            return await workflow.execute_activity_method(ShippingActivities.recall, self._shipment, **policy)
+        except ActivityError as error:
+            self._failure = f"{self._failure}; asked for it back: {_message(error)}"
+            return None
+
+    async def _tell_parent(self) -> bool:
+        """Whether there is a parent that will refund. It may be gone: children are abandoned, not stopped."""
+        parent = workflow.info().parent
+        if parent is None:
+            return False
+        # Without the run id: an order whose run was reset is still the same order.
+        handle = workflow.get_external_workflow_handle(parent.workflow_id)
+        try:
+            await handle.signal("dispatch_failed", DispatchFailed(reason=self._failure))
+        except FailureError:
+            workflow.logger.info("the parent is closed: the shipment settles the order by itself")
+            return False
+        return True
+
+    async def _refund(self) -> None:
+        await workflow.execute_activity_method(
+            PaymentActivities.refund,
+            RefundRequest(
+                order_id=self._shipping.order_id,
+                payment_id=self._shipping.payment_id,
+                money=self._shipping.money,
+                close_as=Step.SHIPPING_FAILED,
+                reason=self._failure,
+            ),
+            task_queue=self._shipping.order_task_queue,
+            **policies.PAYMENT,
+        )
+        self._step = Step.SHIPPING_FAILED
+
+    # --- what reaches it from outside
+
+    @workflow.signal
+    def cancel(self) -> None:
+        """The order was cancelled: do not hand the parcel over, or get it back."""
+        self._told_to_cancel = True
+
+    @workflow.signal
+    def address(self, address: Address) -> None:
+        """The order has a new address, already written down; `dispatch` reads it there."""
+        self._address = address
+
+    @workflow.query
+    def status(self) -> Step:
+        """Where the parcel is."""
+        return self._step
+
+
+def _message(error: ActivityError) -> str:
+    return error.cause.message if isinstance(error.cause, FailureError) else str(error.cause or error)

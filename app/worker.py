@@ -1,0 +1,79 @@
+"""Workers: built from a feature's part, started when their servers are there, stopped without breaking an attempt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from temporalio.worker import Worker
+
+from app import db, temporal
+from app.events import AttemptLog
+from app.interceptors import AttemptInterceptor
+
+if TYPE_CHECKING:
+    from temporalio.client import Client
+
+    from app.wiring import Services
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerPart:
+    """What a feature contributes: its workflows and activities, and the task queue they are served on."""
+
+    task_queue: str
+    workflows: Sequence[type]
+    activities: Sequence[Callable[..., Any]]
+
+
+def build(client: Client, services: Services, part: WorkerPart) -> Worker:
+    """A worker that is not running yet."""
+    settings = services.settings
+    return Worker(
+        client,
+        task_queue=part.task_queue,
+        workflows=part.workflows,
+        activities=part.activities,
+        interceptors=[AttemptInterceptor(AttemptLog(services.pool))],
+        max_concurrent_activities=settings.max_concurrent_activities,
+        max_concurrent_workflow_tasks=settings.max_concurrent_workflow_tasks,
+        max_cached_workflows=settings.max_cached_workflows,
+        # The default, 0, cancels running activities: an attempt lost for every restart.
+        graceful_shutdown_timeout=timedelta(seconds=settings.graceful_shutdown_timeout),
+    )
+
+
+async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Event) -> None:
+    """Wait for PostgreSQL and Temporal, then serve `parts` until `stop` is set and running attempts are done.
+
+    Raises:
+        Exception: a worker failed for good, such as on a namespace that was deleted.
+    """
+    ready = asyncio.create_task(_wait_for_servers(services))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not ready.done():
+        ready.cancel()
+        return
+    await ready
+    client = await temporal.connect(services.settings, lazy=False)
+    workers = [build(client, services, part) for part in parts]
+    running = [asyncio.create_task(worker.run()) for worker in workers]
+    queues = [part.task_queue for part in parts]
+    log.info("workers started", task_queues=queues)
+    await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("workers stopping", task_queues=queues)
+    await asyncio.gather(*(worker.shutdown() for worker in workers))
+    await asyncio.gather(*running)
+    stopping.cancel()
+    log.info("workers stopped", task_queues=queues)
+
+
+async def _wait_for_servers(services: Services) -> None:
+    await asyncio.gather(db.wait_until_migrated(services.pool), temporal.wait_until_serving(services.temporal))
