@@ -1,0 +1,150 @@
+"""The real servers, once per run; a database and task queues of its own for each test.
+
+By default the run starts PostgreSQL and the Temporal dev server itself. With TRELLIS_TEST_DATABASE_URL (a role that
+may create databases) and TRELLIS_TEST_TEMPORAL_ADDRESS it uses running ones, and touches none of their data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+import pytest
+
+from app import db
+from app.http import create_app
+from app.main import create
+from app.settings import Settings
+from app.wiring import Services, open_services
+from tests.support import running_workers, serving
+
+os.environ.setdefault("TRELLIS_LOG_FORMAT", "json")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Addresses of the servers this run uses."""
+
+    admin_url: str
+    temporal_address: str
+
+    def url(self, database: str) -> str:
+        """The URL of another database on the same server."""
+        return urlunsplit(urlsplit(self.admin_url)._replace(path=f"/{database}"))
+
+
+@pytest.fixture(scope="session")
+async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servers]:
+    """PostgreSQL and Temporal."""
+    given = os.environ.get("TRELLIS_TEST_DATABASE_URL"), os.environ.get("TRELLIS_TEST_TEMPORAL_ADDRESS")
+    async with AsyncExitStack() as stack:
+        if not all(given):
+            # The wheels with the servers are not needed where servers are given, as in the container.
+            from app.local.stack import LocalStack
+
+            local = await stack.enter_async_context(LocalStack(Path(tmp_path_factory.mktemp("servers")), durable=False))
+            given = local.database_url, local.temporal_address
+        database_url, temporal_address = given
+        assert database_url
+        assert temporal_address
+        yield Servers(database_url, temporal_address)
+
+
+@pytest.fixture(scope="session")
+async def template(servers: Servers) -> AsyncIterator[str]:
+    """The name of a migrated database, to be copied."""
+    name = f"trellis_test_template_{uuid.uuid4().hex[:8]}"
+    async with _database(servers, name):
+        await asyncio.to_thread(db.migrate, servers.url(name))
+        yield name
+
+
+@pytest.fixture
+async def database_url(servers: Servers, template: str) -> AsyncIterator[str]:
+    """A fresh, migrated database."""
+    name = f"trellis_test_{uuid.uuid4().hex[:12]}"
+    async with _database(servers, name, template):
+        yield servers.url(name)
+
+
+@pytest.fixture
+async def empty_database_url(servers: Servers) -> AsyncIterator[str]:
+    """A fresh database without a schema."""
+    name = f"trellis_test_{uuid.uuid4().hex[:12]}"
+    async with _database(servers, name):
+        yield servers.url(name)
+
+
+@asynccontextmanager
+async def _database(servers: Servers, name: str, template: str = "template1") -> AsyncIterator[None]:
+    admin = await asyncpg.connect(servers.admin_url)
+    try:
+        await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        yield
+        await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    finally:
+        await admin.close()
+
+
+@pytest.fixture
+def settings(servers: Servers, database_url: str) -> Settings:
+    """Settings of this test alone: its database and its task queues on the shared Temporal."""
+    unique = uuid.uuid4().hex[:8]
+    return Settings(
+        database_url=database_url,
+        temporal_address=servers.temporal_address,
+        order_task_queue=f"orders-{unique}",
+        shipping_task_queue=f"shipping-{unique}",
+        graceful_shutdown_timeout=5,
+        dispatch_attempts=3,
+    )
+
+
+@pytest.fixture
+async def pool(settings: Settings) -> AsyncIterator[asyncpg.Pool]:
+    """Connections to the test's database."""
+    async with db.create_pool(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def services(settings: Settings) -> AsyncIterator[Services]:
+    """Everything a process of the product is built from."""
+    async with open_services(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def workers(services: Services) -> AsyncIterator[Services]:
+    """Both workers, on the test's task queues."""
+    async with running_workers(services):
+        yield services
+
+
+@pytest.fixture
+async def api_url(settings: Settings) -> AsyncIterator[str]:
+    """The product as `uvicorn app.main:app` runs it - API and both workers - on a real port."""
+    async with serving(create(settings)) as url:
+        yield url
+
+
+@pytest.fixture
+async def api(api_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the product."""
+    async with httpx.AsyncClient(base_url=api_url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+async def api_alone(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the API without any worker."""
+    async with serving(create_app(settings)) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        yield client
