@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ import structlog
 from app import worker
 from app.http import create_app
 from app.order.worker import order_worker
-from app.settings import Settings
+from app.settings import SettingsError, load
 from app.shipping.worker import shipping_worker
 from app.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from app.settings import Settings
     from app.wiring import Services
 
 log = structlog.get_logger(__name__)
@@ -54,7 +56,10 @@ def _end_the_process_on_failure(running: asyncio.Task[None]) -> None:
 def __getattr__(name: str) -> Any:
     # Built when uvicorn asks for it, so that importing `create` reads no settings.
     if name == "app":
-        settings = Settings()
+        try:
+            settings = load()
+        except SettingsError as error:
+            sys.exit(f"trellis: {error}")
         configure_logging(settings)
         return create(settings)
     raise AttributeError(name)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.errors import TrellisError
+
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class SettingsError(TrellisError):
+    """A setting is wrong"""
 
 
 class Settings(BaseSettings):
@@ -22,7 +28,9 @@ class Settings(BaseSettings):
         description="PostgreSQL of the product.",
     )
     database_pool_size: PositiveInt = Field(10, description="Most connections per process.")
-    database_statement_timeout: PositiveFloat = Field(10.0, description="Seconds one SQL statement may take.")
+    database_statement_timeout: PositiveFloat = Field(
+        10.0, le=10, description="Seconds one SQL statement may take; at most 10, see `app/policies.py`."
+    )
     temporal_address: str = Field("localhost:7233", description="Temporal frontend, host:port.")
     temporal_namespace: str = Field("default", description="Temporal namespace.")
     temporal_api_key: SecretStr | None = Field(None, description="API key, as Temporal Cloud takes it.")
@@ -62,7 +70,9 @@ class Settings(BaseSettings):
     # Partners
     payment_url: str | None = Field(None, description="Payment provider; unset: the built-in sandbox.")
     carrier_url: str | None = Field(None, description="Carrier; unset: the built-in sandbox.")
-    partner_timeout: PositiveFloat = Field(10.0, description="Seconds to wait for a partner's answer.")
+    partner_timeout: PositiveFloat = Field(
+        10.0, le=15, description="Seconds to wait for a partner's answer; at most 15, see `app/policies.py`."
+    )
     sandbox_database_url: SecretStr | None = Field(
         None, description="PostgreSQL of the sandbox's ledger; unset: the product's, in a schema of its own."
     )
@@ -72,3 +82,16 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
+
+
+def load(**overrides: Any) -> Settings:
+    """The settings of this process; `overrides` go before the environment.
+
+    Raises:
+        SettingsError: a value is wrong; the message names the variable and the rule.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        faults = (f"TRELLIS_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors())
+        raise SettingsError("; ".join(faults)) from None
