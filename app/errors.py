@@ -85,6 +85,20 @@ class PaymentUnavailable(TrellisError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
+class PaymentMismatch(TrellisError):
+    """The payment provider answered with another amount than it was asked for"""
+
+    # Money has moved, so this is neither paid nor failed: the order waits as `charging`, where alerts see it.
+    retryable = True
+
+
+class RefundRefused(TrellisError):
+    """The payment provider refuses to give the money back"""
+
+    # The customer's money is still here: it is asked for again until a person has mended why, visibly.
+    retryable = True
+
+
 class CarrierUnavailable(TrellisError):
     """The carrier did not answer"""
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from app.money import MAX_TOTAL, Amount, Currency, Money, quantize
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
 from app.steps import Step
+from app.text import IDENTIFIER, Remark
 
 ORDER_TASK_QUEUE: Final = "default"
 
@@ -27,11 +28,9 @@ DEMO_PRICE: Final = Decimal("50.00")
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
 
-_IDENTIFIER: Final = r"^[A-Za-z0-9._-]+$"
-OrderId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_IDENTIFIER)]
-PaymentId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=_IDENTIFIER)]
-ShortId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_IDENTIFIER)]
-Note = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500)]
+OrderId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=IDENTIFIER)]
+PaymentId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=IDENTIFIER)]
+ShortId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=IDENTIFIER)]
 
 
 def order_workflow_id(order_id: str) -> str:
@@ -153,7 +152,7 @@ class Review(BaseModel):
     )
 
     decision: Verdict
-    note: Note = ""
+    note: Remark = ""
 
 
 class SignalBody(BaseModel):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+from pydantic import AwareDatetime, RootModel
 
 from app import events
 from app.errors import InvalidRequest, OrderRejected
@@ -16,6 +17,7 @@ from app.order.models import (
     Event,
     Events,
     NoteRequest,
+    OrderId,
     OrderInput,
     OrderPage,
     OrderStatus,
@@ -261,15 +263,19 @@ def _event(row: asyncpg.Record) -> Event:
 # --- keyset cursors: where a page ended, opaque to the caller
 
 
+class _Position(RootModel[tuple[AwareDatetime, OrderId]]):
+    """The sort key of the last row of a page."""
+
+
 def _cursor(row: asyncpg.Record, column: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([row[column].isoformat(), row["id"]]).encode()).decode()
+    return base64.urlsafe_b64encode(_Position((row[column], row["id"])).model_dump_json().encode()).decode()
 
 
 def _parse_cursor(after: str | None) -> tuple[datetime | None, str | None]:
     if after is None:
         return None, None
     try:
-        moment, order_id = json.loads(base64.urlsafe_b64decode(after))
-        return datetime.fromisoformat(moment), str(order_id)
-    except (ValueError, TypeError, binascii.Error) as error:
+        position = _Position.model_validate_json(base64.urlsafe_b64decode(after))
+    except (ValueError, binascii.Error) as error:
         raise InvalidRequest("after: not a cursor from an earlier page") from error
+    return position.root

@@ -17,6 +17,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflow
 with workflow.unsafe.imports_passed_through():
     from app import policies
     from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.failures import failed_with, message
     from app.order.activities import OrderActivities
     from app.order.models import (
         AddressChange,
@@ -172,10 +173,9 @@ class OrderWorkflow:
     def _enter_failed(self, step: Step, error: ActivityError, *expected: type[Exception]) -> None:
         """Enter a step that the activity has written down before it failed. Anything else is a defect: it fails
         the workflow visibly, and the order stays open for an operator."""
-        cause = error.cause
-        if not isinstance(cause, ApplicationError) or cause.type not in {kind.__name__ for kind in expected}:
+        if not failed_with(error, *expected):
             raise error
-        self._step, self._last_error = step, cause.message
+        self._step, self._last_error = step, message(error)
 
     async def _start_shipment(self) -> workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult]:
         """Returns when the child has really started; only then may its parent close without losing it."""
@@ -220,21 +220,24 @@ class OrderWorkflow:
                 return
             reason = f"the shipment ended without a result: {error.cause or error}"
         await self._refund(Step.SHIPPING_FAILED, reason)
-        self._last_error = reason
+        self._last_error = reason if self._step is Step.SHIPPING_FAILED else None
 
     async def _refund(self, close_as: Step, reason: str) -> None:
-        await workflow.execute_activity_method(
-            PaymentActivities.refund,
-            RefundRequest(
-                order_id=self._order.order_id,
-                payment_id=self._order.request.payment_id,
-                money=self._order.request.total,
-                close_as=close_as,
-                reason=reason,
-            ),
-            **policies.PAYMENT,
+        request = RefundRequest(
+            order_id=self._order.order_id,
+            payment_id=self._order.request.payment_id,
+            money=self._order.request.total,
+            close_as=close_as,
+            reason=reason,
         )
-        self._step = close_as
+        try:
+            await workflow.execute_activity_method(PaymentActivities.refund, request, **policies.PAYMENT)
+        except ActivityError as error:
+            if not failed_with(error, TooLate):
+                raise
+            await self._enter_shipped()
+        else:
+            self._step = close_as
 
     async def _enter_shipped(self) -> None:
         self._step = Step.SHIPPED

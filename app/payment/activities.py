@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
-from app.errors import PaymentDeclined
+from app.errors import PaymentConflict, PaymentDeclined, RefundRefused
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, RefundRequest
 
@@ -28,7 +28,7 @@ class PaymentActivities:
 
         Raises:
             PaymentDeclined: the provider said no; the order is `payment_failed`.
-            PaymentConflict: the payment id belongs to another order or amount; likewise.
+            PaymentConflict: the payment id belongs to another order or amount, here or at the provider; likewise.
             PaymentUnavailable: no answer; the order stays `charging` and the attempt is repeated.
         """
         charged_before = await self._payments.begin_charge(request)
@@ -36,8 +36,8 @@ class PaymentActivities:
             return charged_before
         try:
             receipt = await self._gateway.charge(request.payment_id, request.money)
-        except PaymentDeclined as declined:
-            await self._payments.fail_charge(request, str(declined))
+        except (PaymentDeclined, PaymentConflict) as refused:
+            await self._payments.fail_charge(request, str(refused))
             raise
         await self._payments.complete_charge(request, receipt)
         return receipt
@@ -47,10 +47,14 @@ class PaymentActivities:
         """Give the money back once and close the order.
 
         Raises:
-            PaymentUnavailable: no answer; the order keeps its step and the attempt is repeated.
+            PaymentUnavailable, RefundRefused: the order keeps its step and the attempt is repeated.
             TooLate: the order was shipped in the meantime.
-            PaymentConflict: there is no charge to give back.
+            PaymentConflict: our books have no charge to give back.
         """
-        if await self._payments.begin_refund(request):
+        if not await self._payments.begin_refund(request):
+            return
+        try:
             receipt = await self._gateway.refund(request.payment_id, request.money)
-            await self._payments.complete_refund(request, receipt)
+        except PaymentConflict as refused:
+            raise RefundRefused(refused.detail) from refused
+        await self._payments.complete_refund(request, receipt)

@@ -32,6 +32,7 @@ class PaymentGateway(Protocol):
             PaymentDeclined: the provider said no; asking again will not help.
             PaymentConflict: the key was used before with another amount or currency.
             PaymentUnavailable: no answer, or one that says "later"; the money may or may not have moved.
+            PaymentMismatch: another amount was taken than asked for.
         """
         ...
 

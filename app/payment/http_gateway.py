@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, StringConstraints, ValidationError
 
-from app.errors import PaymentConflict, PaymentDeclined, PaymentUnavailable
+from app.errors import PaymentConflict, PaymentDeclined, PaymentMismatch, PaymentUnavailable
 from app.money import Money
 from app.payment.gateway import PaymentGateway, Receipt, refund_key
 
@@ -99,7 +99,7 @@ def _receipt(response: httpx.Response, asked: Money | None = None) -> Receipt:
         # Not chained: a validation error quotes what it read.
         raise PaymentUnavailable(f"{response.status_code} with an unreadable body") from None
     if asked is not None and money != asked:
-        raise PaymentConflict(f"asked for {asked}, the provider answered {money}")
+        raise PaymentMismatch(f"asked for {asked}, the provider answered {money}")
     return Receipt(reference=movement.id, money=money)
 
 

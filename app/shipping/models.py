@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from enum import StrEnum
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.money import Money
+from app.text import Line
 
 SHIPPING_TASK_QUEUE: Final = "shipping-tq"
 
@@ -16,15 +16,6 @@ SHIPPING_TASK_QUEUE: Final = "shipping-tq"
 def shipping_workflow_id(order_id: str) -> str:
     """One shipment per order."""
     return f"shipping/{order_id}"
-
-
-def _printable(text: str) -> str:
-    if any(unicodedata.category(char).startswith("C") for char in text):
-        raise ValueError("control characters are not allowed")
-    return text
-
-
-_Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_printable)]
 
 
 class Address(BaseModel):
@@ -36,10 +27,10 @@ class Address(BaseModel):
         json_schema_extra={"examples": [{"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}]},
     )
 
-    line1: Annotated[_Line, Field(max_length=200)]
-    city: Annotated[_Line, Field(max_length=100)]
-    state: Annotated[_Line, Field(max_length=64)]
-    zip: Annotated[_Line, Field(max_length=16)]
+    line1: Annotated[Line, Field(max_length=200)]
+    city: Annotated[Line, Field(max_length=100)]
+    state: Annotated[Line, Field(max_length=64)]
+    zip: Annotated[Line, Field(max_length=16)]
 
 
 class ShippingInput(BaseModel):

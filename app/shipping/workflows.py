@@ -7,6 +7,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, FailureError
 
 with workflow.unsafe.imports_passed_through():
     from app import policies
+    from app.failures import message
     from app.payment.activities import PaymentActivities
     from app.payment.models import RefundRequest
     from app.shipping.activities import ShippingActivities
@@ -73,7 +74,7 @@ class ShippingWorkflow:
         try:
             return await dispatch
         except ActivityError as error:
-            self._failure = _message(error)
+            self._failure = message(error)
             return None
 
     async def _recall(self) -> Handover | None:
@@ -81,7 +82,7 @@ class ShippingWorkflow:
         try:
             return await workflow.execute_activity_method(ShippingActivities.recall, self._shipment, **policy)
         except ActivityError as error:
-            self._failure = f"{self._failure}; asked for it back: {_message(error)}"
+            self._failure = f"{self._failure}; asked for it back: {message(error)}"
             return None
 
     async def _tell_parent(self) -> bool:
@@ -129,7 +130,3 @@ class ShippingWorkflow:
     def status(self) -> Step:
         """Where the parcel is."""
         return self._step
-
-
-def _message(error: ActivityError) -> str:
-    return error.cause.message if isinstance(error.cause, FailureError) else str(error.cause or error)
