@@ -1,0 +1,149 @@
+"""`trellis audit`: are the books right?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app import db
+from app.cli import output
+from app.cli.client import AsJson, ExitCode
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.audit.auditor import Options, Sources
+    from app.audit.models import Report
+    from app.audit.partners import LedgerBooks
+    from app.wiring import Services
+
+
+class Partners(StrEnum):
+    """How the partners are asked."""
+
+    AUTO = "auto"
+    LEDGER = "ledger"
+    LOOKUP = "lookup"
+    NONE = "none"
+
+
+def audit(
+    as_json: AsJson = False,
+    partners: Annotated[
+        Partners,
+        typer.Option(
+            help="How to ask provider and carrier. `ledger`: their /v1/ledger, as the sandbox has one; `lookup`: the "
+            "provider by idempotency key, the carrier not at all; `none`; `auto`: `ledger` for the built-in sandbox, "
+            "else `lookup`."
+        ),
+    ] = Partners.AUTO,
+    temporal: Annotated[bool, typer.Option("--temporal/--no-temporal", help="Ask Temporal, too.")] = True,
+    since: Annotated[
+        float | None, typer.Option(help="Only orders that moved in the last so many hours. [default: all]", min=0)
+    ] = None,
+    settle: Annotated[float, typer.Option(help="Seconds a closed order's payment may be in doubt.", min=0)] = 900,
+    page: Annotated[int, typer.Option(help="Orders that are read at a time.", min=1, max=10_000)] = 500,
+    kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of violation, and do nothing.")] = False,
+) -> None:
+    """Compare orders, payments, events, the partners' ledgers and Temporal; report every contradiction.
+
+    Changes nothing, and may run beside a working system: an order that moves is looked at again before it is
+    reported.
+
+    Exit codes: 0 everything was looked at and is right; 1 violations; 2 wrong usage; 4 incomplete: something did not
+    answer, and nothing wrong was found in the rest.
+    """
+    from app.audit.auditor import Options
+
+    if kinds:
+        _print_kinds()
+        return
+    began = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
+    options = Options(since=began, page=page, settle_seconds=settle)
+    try:
+        report = asyncio.run(_audit(Settings(), partners, temporal, options))
+    except db.UNAVAILABLE as error:
+        typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
+        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+    if as_json:
+        output.as_json(report.model_dump(mode="json") | {"clean": report.clean})
+    else:
+        _print(report)
+    raise typer.Exit(_exit_code(report))
+
+
+async def _audit(settings: Settings, partners: Partners, temporal: bool, options: Options) -> Report:
+    from app.audit.auditor import Auditor
+    from app.audit.repository import BooksRepository
+    from app.wiring import open_services
+
+    async with open_services(settings) as services, _sources(services, partners, temporal) as sources:
+        return await Auditor(BooksRepository(services.pool), sources, options).run()
+
+
+@asynccontextmanager
+async def _sources(services: Services, partners: Partners, temporal: bool) -> AsyncIterator[Sources]:
+    from app.audit.auditor import Sources
+    from app.audit.executions import Executions
+    from app.audit.partners import GatewayBooks
+
+    executions = Executions(services.temporal) if temporal else None
+    built_in = not (services.settings.payment_url or services.settings.carrier_url)
+    if partners is Partners.LEDGER or (partners is Partners.AUTO and built_in):
+        async with _ledgers(services.settings) as books:
+            yield Sources(executions, provider=books, carrier=books)
+    elif partners is Partners.NONE:
+        yield Sources(executions)
+    else:
+        yield Sources(executions, provider=GatewayBooks(services.gateway))
+
+
+@asynccontextmanager
+async def _ledgers(settings: Settings) -> AsyncIterator[LedgerBooks]:
+    """The partners' `/v1/ledger`: at their URLs, or the built-in sandbox's."""
+    import httpx
+
+    from app.audit.partners import LedgerBooks
+    from app.sandbox.app import open_sandbox
+
+    async with open_sandbox(settings) as sandbox:
+        transport = httpx.ASGITransport(app=sandbox, raise_app_exceptions=False)
+
+        def client(url: str | None, path: str) -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                base_url=url or f"http://sandbox{path}",
+                transport=None if url else transport,
+                timeout=settings.partner_timeout,
+            )
+
+        async with client(settings.payment_url, "/payments") as payments, client(settings.carrier_url, "/carrier") as c:
+            yield LedgerBooks(payments, c)
+
+
+def _print(report: Report) -> None:
+    if report.violations:
+        rows = [(violation.kind, violation.order_id, violation.detail) for violation in report.violations]
+        output.table(("VIOLATION", "ORDER", "DETAIL"), rows)
+    for reason in report.incomplete:
+        output.remark(f"incomplete: {reason}")
+    output.remark(
+        f"{report.orders} orders, {report.payments} payments at the provider, {report.workflows} closed workflows: "
+        f"{len(report.violations)} violations"
+    )
+
+
+def _print_kinds() -> None:
+    from app.audit.models import MEANING
+
+    output.table(("VIOLATION", "MEANING"), [(kind, meaning) for kind, meaning in MEANING.items()])
+
+
+def _exit_code(report: Report) -> ExitCode:
+    if report.violations:
+        return ExitCode.ENDED_OTHERWISE
+    return ExitCode.UNAVAILABLE if report.incomplete else ExitCode.OK

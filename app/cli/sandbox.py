@@ -1,0 +1,47 @@
+"""`trellis sandbox`: the payment provider and the carrier as a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from app.sandbox.app import create_sandbox
+from app.sandbox.ledger import Ledger
+from app.sandbox.wire import ReplyLost
+from app.settings import Settings
+
+
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TRELLIS_SANDBOX_DATABASE_URL",
+            help="PostgreSQL of the ledger; unset: TRELLIS_DATABASE_URL, in a schema of its own.",
+            show_envvar=True,
+        ),
+    ] = None,
+) -> None:
+    """Serve the sandbox payment provider (/payments) and carrier (/carrier)."""
+    url = database_url or Settings().database_url.get_secret_value()
+    asyncio.run(_serve(host, port, url))
+
+
+async def _serve(host: str, port: int, database_url: str) -> None:
+    # The ledger opens at the first request, so that this may start before its database does.
+    async with Ledger(database_url) as ledger:
+        # Without an access log: it would say nothing that the ledger does not say better.
+        config = uvicorn.Config(create_sandbox(ledger), host=host, port=port, access_log=False, lifespan="off")
+        # After Config, which sets up logging.
+        logging.getLogger("uvicorn.error").addFilter(_lost_on_purpose)
+        await uvicorn.Server(config).serve()
+
+
+def _lost_on_purpose(record: logging.LogRecord) -> bool:
+    """Keeps replies that were meant to be lost out of the log, where each would be a stack of forty lines."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ReplyLost))

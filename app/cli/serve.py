@@ -1,0 +1,120 @@
+"""`trellis api`, `worker`, `migrate`, `run-all`: the parts, as processes against configured servers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from app import db
+from app.errors import ServiceUnavailable
+from app.settings import Settings, load
+from app.telemetry import configure_logging
+
+
+class Queue(StrEnum):
+    """Which worker."""
+
+    DEFAULT = "default"
+    SHIPPING = "shipping"
+
+
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: TRELLIS_API_HOST]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [default: TRELLIS_API_PORT]")] = None,
+) -> None:
+    """Serve the HTTP API, without workers."""
+    _end_on_sigterm()
+    # FastAPI takes a second to import, which `trellis --help` need not wait for.
+    from app.http import create_app
+
+    settings = load()
+    configure_logging(settings)
+    serve(create_app(settings), host or settings.api_host, port or settings.api_port)
+
+
+def run_all(
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: TRELLIS_API_HOST]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [default: TRELLIS_API_PORT]")] = None,
+) -> None:
+    """Migrate if needed, then serve the API and work on both task queues, all in this process."""
+    _end_on_sigterm()
+    from app.main import create
+
+    settings = load()
+    configure_logging(settings)
+    # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
+    version = asyncio.run(_reach_database(settings, wait=True))
+    if version is None or version < db.SCHEMA_VERSION:
+        db.migrate(settings.database_url.get_secret_value())
+    serve(create(settings), host or settings.api_host, port or settings.api_port)
+
+
+def _end_on_sigterm(code: int = 0) -> None:
+    """End with `code` at SIGTERM as long as nobody else listens to it, and when uvicorn repeats it after the drain.
+
+    Without this, process 1 of a container does not end in the first case, as the kernel drops its unhandled signals;
+    and any other process ends in the second as if it had been killed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+
+
+def serve(application: object, host: str, port: int) -> None:
+    """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave."""
+    uvicorn.run(
+        application,  # type: ignore[arg-type]
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def worker(
+    queue: Annotated[Queue, typer.Argument(help="`default`: orders and payments; `shipping`: parcels.")],
+) -> None:
+    """Work on one task queue. SIGTERM lets running attempts finish, then ends with exit code 0."""
+    _end_on_sigterm()
+    settings = load()
+    configure_logging(settings)
+    asyncio.run(_work(settings, queue))
+
+
+async def _work(settings: Settings, queue: Queue) -> None:
+    from app import worker as workers
+    from app.order.worker import order_worker
+    from app.shipping.worker import shipping_worker
+    from app.wiring import open_services
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    part = order_worker if queue is Queue.DEFAULT else shipping_worker
+    async with open_services(settings) as services:
+        await workers.run(services, [part(services)], stop)
+
+
+def migrate(
+    wait: Annotated[bool, typer.Option(help="Wait for PostgreSQL to answer; otherwise fail at once.")] = True,
+) -> None:
+    """Bring the database's schema to this release's. Repeating it is harmless."""
+    _end_on_sigterm(128 + signal.SIGTERM)  # not 0: whoever waits for the migration must not take it for done
+    settings = load()
+    configure_logging(settings)
+    asyncio.run(_reach_database(settings, wait=wait))
+    db.migrate(settings.database_url.get_secret_value())
+    typer.echo(f"the schema is at {db.SCHEMA_VERSION}")
+
+
+async def _reach_database(settings: Settings, *, wait: bool) -> str | None:
+    async with db.create_pool(settings) as pool:
+        try:
+            return await (db.wait_until_answering(pool) if wait else db.schema_version(pool))
+        except db.UNAVAILABLE as error:
+            raise ServiceUnavailable(f"PostgreSQL at TRELLIS_DATABASE_URL: {type(error).__name__}") from error

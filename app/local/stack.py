@@ -1,0 +1,203 @@
+"""PostgreSQL and Temporal together, in one data directory, for `trellis run` and for the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NoReturn, Self
+
+from app.local.postgres import USER, DataUnusable, LocalPostgres
+from app.local.processes import POLL, LocalError
+from app.local.temporal import LocalTemporal
+
+
+class DataInUse(LocalError):
+    """The data directory is in use"""
+
+
+class LocalStack:
+    """Both servers, started together and stopped in order; use it with `async with`.
+
+    Args:
+        data: directory for everything they write; None: a temporary one, removed at the end.
+        postgres_port, temporal_port: 0 chooses free ones.
+        ui_port: of the Temporal UI; None: without, 0: a free one.
+        namespaces, dynamic_config: see `LocalTemporal`.
+        database: created if it is not there.
+        durable: False is faster and may lose data when the machine crashes.
+        report: is told what happens, one line at a time.
+    """
+
+    def __init__(
+        self,
+        data: Path | None = None,
+        *,
+        postgres_port: int = 0,
+        temporal_port: int = 0,
+        ui_port: int | None = None,
+        namespaces: Sequence[str] = (),
+        dynamic_config: Mapping[str, object] | None = None,
+        database: str = USER,
+        durable: bool = True,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._temporary = Path(tempfile.mkdtemp(prefix="trellis-")) if data is None else None
+        self.data = (data or self._temporary or Path()).resolve()
+        self.postgres = LocalPostgres(
+            self.data / "postgres", postgres_port, log=self.data / "postgres.log", durable=durable
+        )
+        self.temporal = LocalTemporal(
+            self.data,
+            temporal_port,
+            ui_port,
+            log=self.data / "temporal.log",
+            namespaces=namespaces,
+            dynamic_config=dynamic_config,
+            durable=durable,
+        )
+        self._database = database
+        self._report = report
+        self._lock: IO[str] | None = None
+
+    @property
+    def database_url(self) -> str:
+        """The product's database, as `Settings.database_url` takes it."""
+        return self.postgres.url(self._database)
+
+    @property
+    def temporal_address(self) -> str:
+        """Temporal's frontend, as `Settings.temporal_address` takes it."""
+        return self.temporal.address
+
+    def settings_overrides(self) -> dict[str, object]:
+        """Keyword arguments for `Settings`: these servers, and no credentials meant for other ones."""
+        return {
+            "database_url": self.database_url,
+            "temporal_address": self.temporal_address,
+            "temporal_tls": False,
+            "temporal_api_key": None,
+            "temporal_tls_ca": None,
+            "temporal_tls_cert": None,
+            "temporal_tls_key": None,
+        }
+
+    def env(self) -> dict[str, str]:
+        """Environment variables that lead another process of the product to these servers."""
+        return {"TRELLIS_DATABASE_URL": self.database_url, "TRELLIS_TEMPORAL_ADDRESS": self.temporal_address}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def prepare(self) -> None:
+        """Take the data directory and make sure that nothing stands in the way of a start. `stop` undoes it.
+
+        Raises:
+            DataInUse: another run works in the same directory.
+            PortTaken: somebody else listens on a port.
+            LocalError: any other reason; the message says it.
+        """
+        if self._lock is None:
+            self._lock = _locked(self.data)
+        await self.postgres.prepare()
+        await self.temporal.prepare()
+
+    async def start(self) -> None:
+        """Start both; if one fails, or the caller is cancelled, both are stopped again.
+
+        Raises:
+            LocalError: see `prepare`, or a server does not start; the message says why.
+        """
+        try:
+            await self.prepare()
+            await _together(self._start_postgres(), self._timed("Temporal", self.temporal.start))
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start_postgres(self) -> None:
+        await self._timed("PostgreSQL", self.postgres.start)
+        for folder in self.postgres.opened:
+            self._report(f"(PostgreSQL does not run as root: others may now pass through {folder})")
+        await self.postgres.ensure_database(self._database)
+
+    async def stop(self) -> None:
+        """Stop Temporal, then PostgreSQL; whoever used them must have ended before."""
+        try:
+            await self.temporal.stop()
+        finally:
+            await self.postgres.stop()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def hurry(self) -> None:
+        """Give the servers a second each to stop, now or later."""
+        self.temporal.hurry()
+        self.postgres.hurry()
+
+    async def watch(self) -> NoReturn:
+        """Wait until one of the servers ends by itself.
+
+        Raises:
+            ServerDied: always, some day; it says which server, how, and what it logged last.
+        """
+        while True:
+            for server in (self.postgres.process, self.temporal.process):
+                if not server.running:
+                    raise server.death()
+            await asyncio.sleep(POLL)
+
+    async def _timed(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
+        self._report(f"{name} …")
+        started = time.monotonic()
+        await start()
+        self._report(f"{name} ready in {time.monotonic() - started:.1f} s")
+
+
+async def _together(*coroutines: Awaitable[None]) -> None:
+    """Run all; at the first error the others are cancelled and awaited, and that error is raised as it is."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _locked(data: Path) -> IO[str]:
+    """The open lock file of `data`: the lock lasts as long as it is open, and ends with us however we end."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        file = (data / "lock").open("a+")
+    except OSError as error:
+        raise DataUnusable(f"{error.strerror}: {error.filename}; choose another with --data") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise DataInUse(f"{data}, by process {holder}; stop that one or choose another with --data") from error
+    except OSError as error:
+        file.close()
+        raise DataUnusable(f"{data} is on a file system without locks ({error.strerror})") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

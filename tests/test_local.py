@@ -1,0 +1,362 @@
+"""The servers of `trellis run`: real ones, on free ports, in directories of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import IO
+
+import asyncpg
+import httpx
+import pytest
+import typer
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
+from temporalio.client import Client
+from typer.testing import CliRunner
+
+from app.cli.run import run
+from app.local import privileges
+from app.local.postgres import DataUnusable, LocalPostgres, StopMode
+from app.local.processes import (
+    Launch,
+    LocalError,
+    NotReady,
+    PortTaken,
+    ServerDied,
+    ServerProcess,
+    check_port,
+    command_line,
+    free_port,
+    until,
+)
+from app.local.stack import DataInUse, LocalStack
+from app.local.temporal import LocalTemporal
+from app.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
+
+
+@pytest.fixture(scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalPostgres]:
+    """A server for all tests that do nothing to its files: making those takes longer than any test."""
+    folder = tmp_path_factory.mktemp("cluster")
+    server = LocalPostgres(folder / "postgres", log=folder / "postgres.log", durable=False)
+    await server.start()
+    await server.ensure_database("trellis")
+    yield server
+    await server.stop("kill")
+
+
+@pytest.fixture
+async def postgres(cluster: LocalPostgres) -> LocalPostgres:
+    """That server, running."""
+    if not cluster.process.running:
+        await cluster.start()
+    return cluster
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port where somebody listens."""
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", 0))
+        somebody.listen()
+        yield somebody.getsockname()[1]
+
+
+async def query(server: LocalPostgres, sql: str, database: str = "trellis") -> object:
+    connection = await asyncpg.connect(server.url(database))
+    try:
+        return await connection.fetchval(sql)
+    finally:
+        await connection.close()
+
+
+def launch(*command: object, stdout: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    arguments = [str(part) for part in command]
+    return subprocess.Popen(arguments, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def alive(pid: int) -> bool:
+    return command_line(pid) not in ([], [""])
+
+
+# --- both servers --------------------------------------------------------------------------------------------
+
+
+async def test_stack_serves_and_leaves_nothing_behind() -> None:
+    lines: list[str] = []
+    async with LocalStack(durable=False, ui_port=0, namespaces=["other"], report=lines.append) as stack:
+        settings = Settings(**stack.settings_overrides())
+        assert settings.database_url.get_secret_value() == stack.env()["TRELLIS_DATABASE_URL"]
+        assert await query(stack.postgres, "SELECT current_user") == "trellis"
+        client = await Client.connect(stack.env()["TRELLIS_TEMPORAL_ADDRESS"])
+        for namespace in ("default", "other"):
+            await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=namespace))
+        async with httpx.AsyncClient() as web:
+            assert (await web.get(f"http://127.0.0.1:{stack.temporal.ui_port}/")).status_code == 200
+            metrics = await web.get(f"http://127.0.0.1:{stack.temporal.metrics_port}/metrics")
+            assert "service_requests" in metrics.text
+        pids = [stack.postgres.process.pid, stack.temporal.process.pid]
+        assert all(pid is not None and os.getsid(pid) == pid for pid in pids), "a session of its own each"
+
+    assert not any(alive(pid) for pid in pids if pid is not None)
+    assert not stack.data.exists()
+    assert any(line.startswith("PostgreSQL ready in ") for line in lines)
+
+
+async def test_data_survive_a_restart_and_belong_to_one_run_at_a_time(tmp_path: Path) -> None:
+    async with LocalStack(tmp_path / "data", durable=False) as first:
+        await query(first.postgres, "CREATE TABLE kept AS SELECT 7 AS number")
+        with pytest.raises(DataInUse, match=str(os.getpid())):
+            await LocalStack(tmp_path / "data").start()
+        assert await query(first.postgres, "SELECT number FROM kept") == 7, "untouched by the second"
+
+    async with LocalStack(tmp_path / "data", durable=False) as second:
+        assert await query(second.postgres, "SELECT number FROM kept") == 7
+
+
+async def test_watch_tells_which_server_died(tmp_path: Path) -> None:
+    async with LocalStack(tmp_path / "data", durable=False) as stack:
+        watch = asyncio.create_task(stack.watch())
+        assert stack.temporal.process.pid is not None
+        os.kill(stack.temporal.process.pid, signal.SIGKILL)
+        with pytest.raises(ServerDied, match=r"Temporal was ended by signal 9; the end of .*temporal\.log:\n  "):
+            await asyncio.wait_for(watch, 5)
+
+
+@ON_LINUX
+async def test_servers_end_with_a_killed_run_and_the_next_run_finds_the_data(tmp_path: Path) -> None:
+    program = """
+import asyncio, pathlib, sys
+from app.local.stack import LocalStack
+async def main():
+    async with LocalStack(pathlib.Path(sys.argv[1]), durable=False) as stack:
+        print("pids", stack.postgres.process.pid, stack.temporal.process.pid, flush=True)
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    data = tmp_path / "data"
+    first = launch(sys.executable, "-c", program, data)
+    assert first.stdout is not None
+    with first:
+        line = (await asyncio.to_thread(first.stdout.readline)).decode()
+        if not line.startswith("pids "):
+            pytest.fail(line + first.stdout.read().decode())
+        first.kill()
+    pids = [int(pid) for pid in line.split()[1:]]
+    async with LocalStack(data, durable=False) as stack:  # without waiting: they may still be on their way out
+        assert await query(stack.postgres, "SELECT 1") == 1
+        assert not any(alive(pid) for pid in pids)
+
+
+# --- PostgreSQL ----------------------------------------------------------------------------------------------
+
+
+async def test_role_of_the_product_is_no_superuser(postgres: LocalPostgres) -> None:
+    assert await query(postgres, "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+        await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{postgres.port}/postgres")
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await asyncpg.connect(f"postgresql://trellis:wrong@127.0.0.1:{postgres.port}/postgres")
+
+
+async def test_durable_unless_told_otherwise(postgres: LocalPostgres, tmp_path: Path) -> None:
+    assert await query(postgres, "SHOW fsync") == "off"
+    await postgres.stop()
+    durable = LocalPostgres(postgres.data, log=postgres.log)
+    await durable.start()
+    try:
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            assert await query(durable, f"SHOW {setting}") == "on"
+    finally:
+        await durable.stop()
+
+
+async def test_ensure_database_is_repeatable_and_quotes(postgres: LocalPostgres) -> None:
+    for _ in range(2):
+        await postgres.ensure_database('odd "name"')
+    assert await query(postgres, "SELECT count(*) FROM pg_database WHERE datname = 'odd \"name\"'") == 1
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate", "kill"])
+async def test_restart_after_every_kind_of_stop(postgres: LocalPostgres, mode: StopMode) -> None:
+    await query(postgres, f"CREATE TABLE kept_{mode} AS SELECT 7 AS number")
+    port = postgres.port
+    await postgres.stop(mode)
+    await postgres.start()
+    assert postgres.port == port
+    assert await query(postgres, f"SELECT number FROM kept_{mode}") == 7
+
+
+async def test_leftover_postmaster_on_the_same_data_is_stopped(postgres: LocalPostgres) -> None:
+    old = postgres.process.pid
+    assert old is not None
+    # As a new run sees it: it knows the directory and the port, not the process.
+    again = LocalPostgres(postgres.data, postgres.port, log=postgres.log, durable=False)
+    await again.start()
+    assert not alive(old)
+    assert await query(again, "SELECT 1") == 1
+    await again.stop()
+
+
+async def test_process_that_inherited_the_number_is_left_alone(postgres: LocalPostgres) -> None:
+    await postgres.stop("kill")
+    stranger = launch("sleep", "60")
+    try:
+        pid_file = postgres.data / "postmaster.pid"
+        _, _, rest = pid_file.read_text().partition("\n")
+        pid_file.write_text(f"{stranger.pid}\n{rest}")
+        await postgres.start()
+        assert stranger.poll() is None
+        assert await query(postgres, "SELECT 1") == 1
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+async def test_data_of_another_version_or_purpose_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "postgres"
+    data.mkdir()
+    server = LocalPostgres(data, log=tmp_path / "log")
+    (data / "precious").touch()
+    with pytest.raises(DataUnusable, match=rf"{data} is not empty"):
+        await server.start()
+    (data / "PG_VERSION").write_text("9\n")
+    with pytest.raises(DataUnusable, match=rf"{data} was made by PostgreSQL 9, .* --data"):
+        await server.start()
+    assert (data / "precious").exists()
+
+
+async def test_early_death_shows_what_the_server_said(postgres: LocalPostgres) -> None:
+    await postgres.stop()
+    config = postgres.data / "postgresql.conf"
+    good = config.read_text()
+    config.write_text(f"{good}\nno_such_setting = 1\n")
+    with pytest.raises(ServerDied, match=r"PostgreSQL exited with code 1; .*\n(.*\n)*.*no_such_setting"):
+        await postgres.start()
+    config.write_text(good)
+
+
+# --- Temporal ------------------------------------------------------------------------------------------------
+
+
+async def test_leftover_temporal_on_the_same_data_is_stopped(tmp_path: Path) -> None:
+    old = LocalTemporal(tmp_path, log=tmp_path / "log", dynamic_config={"frontend.rps": 1000})
+    await old.start()
+    pid = old.process.pid
+    again = LocalTemporal(tmp_path, old.port, log=tmp_path / "log")
+    try:
+        await again.start()
+        assert pid is not None
+        assert not alive(pid)
+    finally:
+        await again.stop()
+        await old.kill()
+    assert not (tmp_path / "temporal.pid").exists()
+
+
+# --- ports and processes -------------------------------------------------------------------------------------
+
+
+def test_taken_port_names_the_option(taken: int) -> None:
+    with pytest.raises(PortTaken, match=rf"{taken}, for the API; .*--port"):
+        check_port(taken, "the API", "--port")
+    assert free_port() != taken
+
+
+@pytest.mark.parametrize("option", ["--port", "--postgres-port", "--temporal-port", "--ui-port"])
+def test_run_refuses_a_taken_port_before_it_starts_anything(option: str, taken: int, tmp_path: Path) -> None:
+    ports = {name: free_port() for name in ("--port", "--postgres-port", "--temporal-port", "--ui-port")}
+    ports[option] = taken
+    app = typer.Typer()
+    app.command()(run)
+    arguments = [part for name, port in ports.items() for part in (name, str(port))]
+    result = CliRunner().invoke(app, ["--data", str(tmp_path / "data"), *arguments])
+    assert result.exit_code == 1
+    assert f"{taken}, for" in result.output
+    assert option in result.output
+    assert "Traceback" not in result.output
+    assert {path.name for path in (tmp_path / "data").iterdir()} <= {"lock"}, "nothing was started"
+
+
+async def test_process_that_ends_early_or_never_answers(tmp_path: Path) -> None:
+    async def never() -> bool:
+        return False
+
+    early = ServerProcess("Early", Launch([sys.executable, "-c", "print('the reason'); exit(3)"], tmp_path / "log"))
+    early.spawn()
+    with pytest.raises(ServerDied, match=r"Early exited with code 3; the end of .*log:\n  the reason"):
+        await early.ready(never)
+
+    silent = ServerProcess("Silent", Launch(["sleep", "60"], tmp_path / "silent.log"))
+    silent.spawn()
+    with pytest.raises(NotReady, match="Silent, after 0 s"):
+        await silent.ready(never, timeout=0.2)
+    await silent.stop([(signal.SIGTERM, 5)])
+    assert not silent.running
+
+    with pytest.raises(LocalError, match="Missing cannot be started"):
+        ServerProcess("Missing", Launch([str(tmp_path / "missing")], tmp_path / "log")).spawn()
+
+
+async def test_stop_escalates_and_can_be_hurried(tmp_path: Path) -> None:
+    program = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    deaf = ServerProcess("Deaf", Launch([sys.executable, "-c", program], tmp_path / "log"))
+    deaf.spawn()
+    assert await until(lambda: "deaf" in deaf.tail(), 10)
+    started = time.monotonic()
+    stopping = asyncio.create_task(deaf.stop([(signal.SIGTERM, 60)]))
+    await asyncio.sleep(0.2)
+    deaf.hurry()
+    await asyncio.wait_for(stopping, 5)
+    assert not deaf.running
+    assert time.monotonic() - started < 3
+
+
+def test_opening_the_way_lets_others_pass_and_no_more(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    (private / "data").mkdir(parents=True)
+    private.chmod(0o700)
+    (private / "data").chmod(0o700)
+    stranger = privileges.Account("stranger", 54321, 54321)
+    assert private in privileges.open_way(stranger, private / "data")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o701
+    assert stat.S_IMODE((private / "data").stat().st_mode) == 0o700, "the data themselves are chowned, not opened"
+    assert privileges.open_way(stranger, private / "data") == []
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+async def test_run_until_terminated(tmp_path: Path) -> None:
+    ports = {name: free_port() for name in ("port", "postgres-port", "temporal-port")}
+    output = tmp_path / "output"
+    with output.open("wb") as log:
+        arguments = ["--data", tmp_path / "data", "--no-ui", *(f"--{name}={port}" for name, port in ports.items())]
+        process = launch(sys.executable, "-m", "app", "run", *arguments, stdout=log)
+    try:
+        curl = f"curl -X POST http://127.0.0.1:{ports['port']}/orders/o-1/signals/approve\n"
+        assert await until(lambda: curl in output.read_text(), 60), output.read_text()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['port']}") as web:
+            assert (await web.get("/readyz")).status_code == 200
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 40) == 0, output.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert "Everything is stopped." in output.read_text()
+    assert "Traceback" not in output.read_text()
+    for name, port in ports.items():
+        check_port(port, "the next run", name)
