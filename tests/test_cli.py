@@ -44,15 +44,27 @@ class Finished:
         return json.loads(self.out)
 
 
-class Cli:
-    """`trellis` for one API. In a process of its own, because the API logs in this one."""
+#: `trellis` without the commands that serve: loading those takes longer than what is tested here.
+CLIENT_SIDE = """
+import typer
+from app.cli import demo, order
+app = typer.Typer()
+app.add_typer(order.app, name="order")
+app.command()(demo.demo)
+app()
+"""
 
-    def __init__(self, url: str) -> None:
+
+class Cli:
+    """`trellis` for one API. In processes of its own, because the API logs in this one."""
+
+    def __init__(self, url: str, *program: str) -> None:
+        self._program = program or ("-c", CLIENT_SIDE)
         self._environment = {**os.environ, "TRELLIS_URL": url}
 
     async def __call__(self, *arguments: str) -> Finished:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "app", *arguments),
+            *(sys.executable, *self._program, *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
@@ -77,7 +89,7 @@ def order_id() -> str:
 
 async def start(api: httpx.AsyncClient, order_id: str, **more: Any) -> None:
     """An order with time enough to decide on it."""
-    request = {"payment_id": f"pay-{order_id}", "review_timeout_seconds": 60} | more
+    request = {"payment_id": f"pay-{order_id}", "review_timeout_seconds": 600} | more
     (await api.post(f"/orders/{order_id}/start", json=request)).raise_for_status()
 
 
@@ -91,7 +103,7 @@ def types(lines: str) -> list[str]:
 async def test_an_order_is_watched_until_it_is_shipped(cli: Cli, api: httpx.AsyncClient, order_id: str) -> None:
     started = await cli(
         *("order", "start", order_id, "--item", "TEA-100:2:12.50", "--item", "CUP:1:3", "--currency", "EUR"),
-        *("--address", "1 Main St, Apt 4, Springfield, IL, 62701", "--customer-id", "c-42", "--review-timeout", "60"),
+        *("--address", "1 Main St, Apt 4, Springfield, IL, 62701", "--customer-id", "c-42", "--review-timeout", "600"),
     )
     assert (started.code, started.err) == (0, "")
     assert started.out.startswith(f"{order_id} accepted: workflow order/{order_id}, run ")
@@ -217,6 +229,7 @@ async def test_exit_codes(cli: Cli, api: httpx.AsyncClient, order_id: str) -> No
         ("cancel", expired): (3, f"trellis: 409 The order can no longer take this: {expired} is expired\n"),
         ("start", expired): (3, "trellis: 409 The order exists already with another request: "),
         ("start", order_id, "--item", "TEA:1:1.234"): (2, "trellis: 422 The request is not valid: body.items.0."),
+        ("start", order_id, "--review-timeout", "0"): (2, "trellis: 422 The request is not valid: body.review_"),
         ("list", "--url", "localhost:8000"): (2, "trellis: localhost:8000 is not an address; "),
     }
     ends = await asyncio.gather(*(cli("order", *arguments) for arguments in cases))
@@ -229,7 +242,7 @@ async def test_exit_codes(cli: Cli, api: httpx.AsyncClient, order_id: str) -> No
 @pytest.mark.parametrize("command", [("order", "status", "o-1"), ("order", "watch", "o-1"), ("demo", "1")])
 async def test_no_api_is_one_line(command: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    end = await Cli(url)(*command)
+    end = await Cli(url, "-m", "app")(*command)
     assert end == Finished(4, "", f"trellis: no API at {url}; is `trellis run` running? choose another with --url\n")
 
 

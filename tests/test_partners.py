@@ -201,17 +201,15 @@ async def test_outage_is_unavailable(partners: Partners) -> None:
 # --- parcels ------------------------------------------------------------------------------------------------
 
 
-async def test_dispatch_then_recall(partners: Partners) -> None:
+async def test_first_of_dispatch_and_recall_decides(partners: Partners) -> None:
     handover = await partners.carrier.dispatch("o-1", address())
     assert await partners.carrier.dispatch("o-1", address()) == handover
     assert await partners.carrier.recall("o-1") == handover
 
-
-async def test_recall_then_dispatch(partners: Partners) -> None:
-    assert await partners.carrier.recall("o-1") is None
+    assert await partners.carrier.recall("o-2") is None
     with pytest.raises(ShipmentRefused, match="recalled"):
-        await partners.carrier.dispatch("o-1", None)
-    assert await partners.carrier.recall("o-1") is None
+        await partners.carrier.dispatch("o-2", None)
+    assert await partners.carrier.recall("o-2") is None
 
 
 async def test_refused_and_flaky_parcels(partners: Partners) -> None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: Seconds between two tries of a call that got no answer. The API promises that a repeat does nothing twice.
 AGAIN: Final = 0.5
 
+#: Most unexpected outcomes that are told one by one.
+MOST_TOLD: Final = 20
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -140,14 +143,19 @@ async def _drive_all(report: Report, url: str, concurrency: int, patience: float
     waiting, began = iter(report.drives), time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("orders", total=len(report.drives))
-        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as http:
+        # In this order, so that Ctrl-C stops the drivers before their connections close.
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=httpx.Limits()) as http,
+            asyncio.TaskGroup() as group,
+        ):
 
             async def drive_some() -> None:
                 for drive in waiting:
                     await _Driver(http, url, report, drive, time.monotonic() + patience).drive()
                     progress.advance(task)
 
-            await asyncio.gather(*(drive_some() for _ in range(min(concurrency, len(report.drives)))))
+            for _ in range(min(concurrency, len(report.drives))):
+                group.create_task(drive_some())
     report.seconds = time.monotonic() - began
 
 
@@ -219,8 +227,8 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[max(math.ceil(len(values) * percent / 100), 1) - 1] if values else None
 
 
-def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
+def _spread(seconds: Iterable[float | None]) -> dict[str, float | None]:
+    known = [round(value, 4) for value in seconds if value is not None]
     return {f"p{percent}": percentile(known, percent) for percent in (50, 99)}
 
 
@@ -253,9 +261,11 @@ def _print(report: Report) -> None:
         f"{len(report.drives)} orders in {report.seconds:.1f} s, {report.per_second:.1f} orders/s{repeated}, "
         f"{len(report.unexpected)} unexpected"
     )
-    for drive in report.unexpected:
+    for drive in report.unexpected[:MOST_TOLD]:
         found = drive.trouble or drive.step
-        output.line(f"{drive.order_id} ({drive.scenario.name}): {found}, not {drive.scenario.ends_as}", like="expired")
+        output.line(f"{drive.order_id} ({drive.scenario.name}): {found}, not {drive.scenario.ends_as}")
+    if len(report.unexpected) > MOST_TOLD:
+        output.line(f"and {len(report.unexpected) - MOST_TOLD} more; --json names them all")
 
 
 _COLUMNS: Final = (

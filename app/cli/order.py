@@ -72,15 +72,16 @@ def start(
 ) -> None:
     """Start an order. The same command again is the same order."""
     request = {
-        "payment_id": payment_id or f"pay-{order_id}",
-        "items": [_item(text) for text in item or ()],
+        "payment_id": f"pay-{order_id}" if payment_id is None else payment_id,
+        "items": [_item(text) for text in item] if item else None,
         "currency": currency,
         "address": _address(address, line1, city, state, zip_code),
         "review_timeout_seconds": review_timeout,
         "customer_id": customer_id,
     }
+    given = {name: value for name, value in request.items() if value is not None}
     with connect(url) as api:
-        accepted = api.post(order_path(order_id, "/start"), {name: value for name, value in request.items() if value})
+        accepted = api.post(order_path(order_id, "/start"), given)
     if as_json:
         output.as_json(accepted)
     else:

@@ -20,10 +20,6 @@ import asyncpg
 if TYPE_CHECKING:
     from types import TracebackType
 
-    # Generic in the stubs only: asyncpg's own classes take no parameters.
-    Pool = asyncpg.Pool[asyncpg.Record]
-    Connection = asyncpg.Connection[asyncpg.Record]
-
 Partner = Literal["payments", "carrier"]
 ParcelState = Literal["taken", "recalled"]
 
@@ -181,7 +177,7 @@ async def prepare(dsn: str, *, timeout: float = 10.0) -> None:
         await connection.close(timeout=timeout)
 
 
-async def _is_prepared(connection: Connection) -> bool:
+async def _is_prepared(connection: asyncpg.Connection) -> bool:
     found = await connection.fetchval(
         "SELECT count(*) FROM pg_tables WHERE schemaname = 'sandbox' AND tablename = ANY($1)", list(_TABLES)
     )
@@ -203,7 +199,7 @@ class Ledger:
         self._lease_seconds = lease_seconds
         self._pool_size = pool_size
         self._timeout = timeout
-        self._pool: Pool | None = None
+        self._pool: asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
 
     @classmethod
@@ -510,7 +506,7 @@ class Ledger:
 
     # --- plumbing ------------------------------------------------------------------------------------------
 
-    async def _opened(self) -> Pool:
+    async def _opened(self) -> asyncpg.Pool:
         if self._pool is not None:
             return self._pool
         # The limit includes the wait for the lock: all who wait for a silent database give up together.
