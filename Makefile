@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help run test test-fast check fmt lock faults bench clean install
+.PHONY: help run test test-fast check fmt lock faults bench clean install sbom
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  \033[36m%-12s\033[0m %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ fmt: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+faults: $(VENV)/.dev ## Break the real stack for MINUTES (3) with a SEED, then audit the books (ARGS="--kill-everything 20")
+	$(BIN)/python -m tests.faults $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 bench: $(VENV)/.dev ## Measure (ARGS=--quick)
 	$(BIN)/python -m bench $(ARGS)
 
@@ -45,6 +48,9 @@ lock: $(VENV)/.dev ## Lock the dependencies anew, by hash and without any index 
 	done
 
 install: $(VENV)/.dev ## Install everything into .venv
+
+sbom: ## What the image contains, as CycloneDX: build/trellis.cdx.json (needs Docker)
+	DOCKER_BUILDKIT=1 docker build --target sbom --output build .
 
 clean: ## Remove what was built and installed; the data of `make run` stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* htmlcov

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 import asyncpg
 import structlog
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic_core import to_json
+
+from app import metrics
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 #: The migration this code needs. Revisions are ordered as text, so a newer schema serves an older release.
-SCHEMA_VERSION: Final = "0001"
+SCHEMA_VERSION: Final = "0002"
 
 #: What asyncpg raises when the database is not there, is going away, or is not migrated yet.
 UNAVAILABLE: Final = (
@@ -45,21 +48,30 @@ log = structlog.get_logger(__name__)
 
 def create_pool(settings: Settings) -> asyncpg.Pool:
     """A pool that connects when it is first used, so that a process can start before its database does."""
-    return asyncpg.create_pool(
+    pool = asyncpg.create_pool(
         settings.database_url.get_secret_value(),
         min_size=0,
         max_size=settings.database_pool_size,
         command_timeout=settings.database_statement_timeout,
         timeout=settings.database_statement_timeout,
         init=_prepare_connection,
+        reset=_keep_session,
         server_settings={"application_name": "trellis"},
     )
+    metrics.watch_pool(pool)
+    return pool
+
+
+async def _keep_session(_connection: object) -> None:
+    """A connection that comes back to the pool: asyncpg has ended its transaction, and nothing here changes anything
+    else of a session. Its own reset would be one more statement for every use."""
 
 
 async def _prepare_connection(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec(
         "jsonb", schema="pg_catalog", encoder=lambda value: to_json(value).decode(), decoder=json.loads
     )
+    connection.add_query_logger(metrics.query_ended)
 
 
 def migrate(database_url: str) -> None:
@@ -101,7 +113,8 @@ async def wait_until_answering(pool: asyncpg.Pool) -> str | None:
     """The schema's revision, as soon as the database answers; says in the log that and why it does not yet."""
     for pause in pauses():
         try:
-            return await schema_version(pool)
+            with suppress_instrumentation():
+                return await schema_version(pool)
         except UNAVAILABLE as error:
             log.warning("waiting for PostgreSQL", error=type(error).__name__, retry_in_seconds=pause)
         await asyncio.sleep(pause)

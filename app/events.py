@@ -42,11 +42,12 @@ ON CONFLICT (order_id, key) DO NOTHING
 """
 
 _FAILED = """
-WITH failing AS (
-    UPDATE orders SET last_error = $4 WHERE id = $1 AND NOT (state = ANY($6)) RETURNING id
+WITH known AS (
+    SELECT id FROM orders WHERE id = $1 FOR NO KEY UPDATE
+), failing AS (
+    UPDATE orders SET last_error = $4 FROM known WHERE orders.id = known.id AND NOT (state = ANY($6))
 )
-INSERT INTO events (order_id, type, payload_json, key)
-SELECT id, $2, $3, $5 FROM orders WHERE id = $1
+INSERT INTO events (order_id, type, payload_json, key) SELECT id, $2, $3, $5 FROM known
 ON CONFLICT (order_id, key) DO NOTHING
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,13 +9,14 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
 
-from app import db, temporal
+from app import db, health, metrics, temporal, tracing
 from app.errors import TrellisError
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
@@ -56,6 +56,9 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
             feed = EventFeed(repository)
             service = OrderService(settings, repository, services.temporal)
             app.state.services = services
+            app.state.readiness = health.Readiness()
+            for readiness in (app.state.readiness, services.readiness):
+                health.require_servers(readiness, services.pool, services.temporal)
             app.state.orders = OrderParts(service, repository, feed)
             try:
                 if beside is None:
@@ -66,20 +69,32 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
             finally:
                 await feed.close()
 
+    tracing.configure_tracing()
     app = FastAPI(
         title="Trellis",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
-        max_body_size=MAX_BODY_BYTES,
         # FastAPI's own telemetry would double ours.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.include_router(orders_router)
+    app.include_router(orders_router, dependencies=[Depends(_name_order)])
     _add_health(app)
     _add_problems(app)
+    app.add_middleware(BodyLimit)
     app.add_middleware(CanonicalLog)
+    tracing.instrument_api(app)
     return app
+
+
+async def _name_order(request: Request) -> AsyncIterator[None]:
+    """Puts the order on the spans and log lines of its requests."""
+    order_id = request.path_params.get("id")
+    if order_id is None:
+        yield
+        return
+    with structlog.contextvars.bound_contextvars(order_id=order_id), tracing.attributes(order_id=order_id):
+        yield
 
 
 # --- health
@@ -93,33 +108,7 @@ def _add_health(app: FastAPI) -> None:
     @app.get("/readyz", tags=["health"], summary="PostgreSQL and Temporal answer", response_model=None)
     async def readyz(request: Request) -> JSONResponse:
         """200, or 503 with the reason for each part that is not ready."""
-        checks = await _checks(request.app.state.services)
-        ready = all(state == "ok" for state in checks.values())
-        return JSONResponse(
-            {"status": "ready" if ready else "not ready", "checks": checks},
-            HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE,
-        )
-
-
-async def _checks(services: Services) -> dict[str, str]:
-    database, frontend = await asyncio.gather(
-        _reason(_check_database(services)), _reason(temporal.check(services.temporal))
-    )
-    return {"database": database, "temporal": frontend}
-
-
-async def _check_database(services: Services) -> None:
-    version = await db.schema_version(services.pool)
-    if version is None or version < db.SCHEMA_VERSION:
-        raise TimeoutError(f"the schema is at {version}, {db.SCHEMA_VERSION} is needed: trellis migrate")
-
-
-async def _reason(check: Any) -> str:
-    try:
-        await asyncio.wait_for(check, timeout=3)
-    except (RPCError, RuntimeError, *db.UNAVAILABLE) as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return "ok"
+        return health.answer(await request.app.state.readiness.states())
 
 
 # --- errors
@@ -164,15 +153,21 @@ async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
 async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     # Without `input`, which FastAPI echoes by default: it can be an address, and NaN breaks the answer itself.
-    faults = [Fault(field=".".join(map(str, fault["loc"])), rule=fault["msg"]) for fault in error.errors()]
-    detail = "; ".join(f"{fault.field}: {fault.rule}" for fault in faults[:5])
-    return problem(422, "The request is not valid", detail, code="InvalidRequest", errors=faults)
+    return _invalid(
+        *(
+            Fault(field=".".join(map(str, fault["loc"])), rule=fault["msg"].removeprefix("Value error, "))
+            for fault in error.errors()
+        )
+    )
 
 
 async def _http_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return problem(413, "The body is too large", f"at most {MAX_BODY_BYTES} bytes", code="BodyTooLarge")
+        return _too_large()
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        # FastAPI's word for a body that no parser could take: not UTF-8, nested too deep, a number without end.
+        return _invalid(Fault(field="body", rule="JSON decode error"))
     title = HTTPStatus(error.status_code).phrase
     return ProblemResponse(
         Problem(title=title, status=error.status_code, detail=error.detail, code=title.replace(" ", "")),
@@ -205,14 +200,49 @@ async def _unexpected_problem(_: Request, error: Exception) -> ProblemResponse:
     return problem(500, "Something went wrong here", "The log of the API has the details.", code="Unexpected")
 
 
+def _invalid(*faults: Fault) -> ProblemResponse:
+    detail = "; ".join(f"{fault.field}: {fault.rule}" for fault in faults[:5])
+    return problem(422, "The request is not valid", detail, code="InvalidRequest", errors=[*faults])
+
+
+def _too_large() -> ProblemResponse:
+    return problem(413, "The body is too large", f"at most {MAX_BODY_BYTES} bytes", code="BodyTooLarge")
+
+
 _AGAIN: Final = "Nothing was changed, or what was changed is not done twice: repeat the same call."
 
 
-# --- logs
+# --- around every request
+
+
+class BodyLimit:
+    """Refuses a large body: by its announced length, or when more arrives than was announced. As a problem, where
+    FastAPI's own limit answers in plain text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        announced = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+            await _too_large()(scope, receive, send)
+            return
+        arrived = 0
+
+        async def count() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            if arrived > MAX_BODY_BYTES:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return message
+
+        await self.app(scope, count, send)
 
 
 class CanonicalLog:
-    """One log line per request: method, route template, status, duration. Never a path, a query or a body."""
+    """One log line and one observation per request: method, route template, status, duration. Never a path, a query
+    or a body."""
 
     #: Asked every few seconds by whoever watches the process.
     quiet: Final = frozenset({"/healthz", "/readyz"})
@@ -224,23 +254,28 @@ class CanonicalLog:
         if scope["type"] != "http" or scope["path"] in self.quiet:
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 500
+        began, status, first_byte = time.monotonic(), 500, None
 
         async def note_status(message: Message) -> None:
-            nonlocal status
+            nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if (b"content-type", b"text/event-stream; charset=utf-8") in message.get("headers", ()):
+                    # Whoever watches an order stays as long as it lasts, which says nothing of how fast we are.
+                    first_byte = time.monotonic() - began
             await send(message)
 
         try:
             await self.app(scope, receive, note_status)
         finally:
-            route = scope.get("route")
+            method, route = scope["method"], getattr(scope.get("route"), "path", "unknown")
+            seconds = time.monotonic() - began
+            metrics.request_ended(method, route, status, first_byte or seconds)
             log.info(
                 "request",
-                method=scope["method"],
-                route=getattr(route, "path", "unknown"),
+                method=method,
+                route=route,
                 status=status,
                 order_id=scope.get("path_params", {}).get("id"),
-                duration_seconds=round(time.monotonic() - began, 4),
+                duration_seconds=round(seconds, 4),
             )

@@ -1,36 +1,54 @@
-"""What happens around every activity attempt: errors translated once, failures and repeats told while they last,
-one canonical log line."""
+"""What happens around every activity attempt and every signal: errors translated once, failures and repeats told
+while they last, one canonical log line, the metrics, and the order on every span."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Final
 
 import structlog
-from temporalio import activity
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from pydantic import BaseModel
+from temporalio import activity, workflow
+from temporalio.converter import PayloadConverter
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import (
     ActivityInboundInterceptor,
     ExecuteActivityInput,
+    HandleSignalInput,
+    HandleUpdateInput,
     Interceptor,
+    WorkflowInboundInterceptor,
+    WorkflowInterceptorClassInput,
 )
 
+from app import metrics, tracing
 from app.db import UNAVAILABLE
 from app.errors import TrellisError
 from app.events import Attempt, AttemptLog
+from app.signals import COUNT
 
 log = structlog.get_logger("trellis.attempt")
 
+#: The header under which the SDK's OpenTelemetry plugin sends the trace along.
+_TRACE_HEADER: Final = "_tracer-data"
+
 
 class AttemptInterceptor(Interceptor):
-    """Put around the activities of a worker."""
+    """Put around the activities and the workflows of a worker."""
 
     def __init__(self, attempts: AttemptLog) -> None:
         self._attempts = attempts
 
     def intercept_activity(self, next: ActivityInboundInterceptor) -> ActivityInboundInterceptor:  # noqa: A002 - the SDK's name
         return _AroundAttempt(next, self._attempts)
+
+    def workflow_interceptor_class(self, input: WorkflowInterceptorClassInput) -> type[WorkflowInboundInterceptor]:  # noqa: A002
+        # The one door out of the workflow's sandbox: what goes through is a count.
+        input.unsafe_extern_functions[COUNT] = metrics.signalled
+        return _LinkToOrder
 
 
 class _AroundAttempt(ActivityInboundInterceptor):
@@ -39,26 +57,43 @@ class _AroundAttempt(ActivityInboundInterceptor):
         self._attempts = attempts
 
     async def execute_activity(self, input: ExecuteActivityInput) -> Any:  # noqa: A002 - the SDK's name
-        attempt = _attempt(input)
+        attempt, info = _attempt(input), activity.info()
+        with (
+            structlog.contextvars.bound_contextvars(
+                order_id=attempt.order_id,
+                workflow_id=info.workflow_id,
+                run_id=attempt.run_id,
+                task_queue=info.task_queue,
+                activity=attempt.activity,
+                attempt=attempt.number,
+            ),
+            tracing.attributes(order_id=attempt.order_id, temporal_activity_attempt=attempt.number),
+        ):
+            if attempt.number > 1:
+                metrics.attempt_repeated(attempt.activity, info.task_queue, _error_before(info))
+                await self._tell(self._attempts.retried(attempt))
+            return await self._execute(attempt, input)
+
+    async def _execute(self, attempt: Attempt, input: ExecuteActivityInput) -> Any:  # noqa: A002 - the SDK's name
         began = time.monotonic()
-        if attempt.number > 1:
-            await self._tell(self._attempts.retried(attempt))
         try:
             result = await self.next.execute_activity(input)
         except asyncio.CancelledError:
-            _log(attempt, "cancelled", began)
+            stopped = activity.is_worker_shutdown()
+            _end("retry" if stopped else "failure", began, "WorkerStopped" if stopped else "Cancelled")
             raise
         except Exception as error:
             failure = translate(error)
             if not isinstance(error, (TrellisError, ApplicationError, *UNAVAILABLE)):
-                log.exception("unexpected error", activity=attempt.activity)
+                log.exception("unexpected error")
             retryable = not failure.non_retryable
             await self._tell(self._attempts.failed(attempt, failure.type or "", failure.message, retryable=retryable))
-            _log(attempt, "retry" if retryable else "failure", began, failure)
+            outcome = "retry" if retryable and _may_be_repeated() else "failure"
+            _end(outcome, began, failure.type or "", _loggable(failure.message, input))
             raise failure from error
         if attempt.number > 1:
             await self._tell(self._attempts.recovered(attempt))
-        _log(attempt, "success", began)
+        _end("success", began)
         return result
 
     async def _tell(self, telling: Any) -> None:
@@ -66,7 +101,7 @@ class _AroundAttempt(ActivityInboundInterceptor):
         try:
             await telling
         except UNAVAILABLE as error:
-            log.warning("the timeline could not be told", error=type(error).__name__)
+            log.warning("the timeline could not be told", error_type=type(error).__name__)
 
 
 def translate(error: Exception) -> ApplicationError:
@@ -95,18 +130,63 @@ def _attempt(input: ExecuteActivityInput) -> Attempt:  # noqa: A002 - the SDK's 
     )
 
 
-def _log(attempt: Attempt, outcome: str, began: float, failure: ApplicationError | None = None) -> None:
+def _end(outcome: str, began: float, error_type: str | None = None, message: str = "") -> None:
+    """The attempt's metrics and its canonical line; who and where is bound already."""
+    info, seconds = activity.info(), time.monotonic() - began
+    metrics.attempt_ended(info.activity_type, info.task_queue, outcome, seconds, error_type)
+    level, error = log.info, {}
+    if error_type is not None:
+        tracing.failed(error_type)
+        # Travels with the next attempt, to whichever process: the repeat knows what it repeats.
+        activity.heartbeat(_Failed(attempt=info.attempt, error_type=error_type))
+        level, error = log.warning, {"error_type": error_type, "error": message}
+    level("attempt", outcome=outcome, duration_seconds=round(seconds, 4), **error)
+
+
+class _Failed(BaseModel):
+    attempt: int
+    error_type: str
+
+
+def _error_before(info: activity.Info) -> str:
+    """Why this attempt is needed. An attempt that left no word ran out of time, or its worker died."""
+    for detail in info.heartbeat_details:
+        if isinstance(detail, dict) and detail.get("attempt") == info.attempt - 1:
+            return str(detail.get("error_type"))
+    return "TimedOut"
+
+
+def _may_be_repeated() -> bool:
     info = activity.info()
-    level = log.info if failure is None else log.warning
-    level(
-        "attempt",
-        activity=attempt.activity,
-        attempt=attempt.number,
-        outcome=outcome,
-        order_id=attempt.order_id,
-        workflow_id=info.workflow_id,
-        run_id=attempt.run_id,
-        task_queue=info.task_queue,
-        duration_seconds=round(time.monotonic() - began, 4),
-        **({"error_type": failure.type, "error": failure.message} if failure else {}),
-    )
+    most = info.retry_policy.maximum_attempts if info.retry_policy else 0
+    return most == 0 or info.attempt < most
+
+
+def _loggable(message: str, input: ExecuteActivityInput) -> str:  # noqa: A002 - the SDK's name
+    """The message without the customer's payment id, which the timeline may show and the log may not."""
+    request = input.args[0] if input.args else None
+    payment_id = getattr(request, "payment_id", None) or getattr(getattr(request, "request", None), "payment_id", None)
+    return message.replace(payment_id, "[payment]") if payment_id else message
+
+
+class _LinkToOrder(WorkflowInboundInterceptor):
+    """A signal or an update is part of its caller's trace; a link leads from there to the order's."""
+
+    async def handle_signal(self, input: HandleSignalInput) -> None:  # noqa: A002 - the SDK's name
+        _link()
+        await super().handle_signal(input)
+
+    async def handle_update_handler(self, input: HandleUpdateInput) -> Any:  # noqa: A002 - the SDK's name
+        _link()
+        return await super().handle_update_handler(input)
+
+
+def _link() -> None:
+    header = workflow.info().headers.get(_TRACE_HEADER)
+    span = trace.get_current_span()
+    if header is None or not span.is_recording():
+        return
+    carrier = PayloadConverter.default.from_payloads([header])[0]
+    order = trace.get_current_span(TraceContextTextMapPropagator().extract(carrier)).get_span_context()
+    if order.is_valid and order.trace_id != span.get_span_context().trace_id:
+        span.add_link(order)

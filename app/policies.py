@@ -18,6 +18,7 @@ class ActivityOptions(TypedDict, total=False):
 
     start_to_close_timeout: timedelta
     schedule_to_close_timeout: timedelta
+    heartbeat_timeout: timedelta
     retry_policy: RetryPolicy
 
 
@@ -62,4 +63,12 @@ RECALL_AFTER_GIVING_UP: Final = ActivityOptions(
     retry_policy=RetryPolicy(
         initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=5
     ),
+)
+
+#: A pass of `trellis reconcile` over all that was left behind, a heartbeat for each order. The schedule starts the
+#: next pass anyway, so this one is given up after a few attempts.
+RECONCILE: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(hours=1),
+    heartbeat_timeout=timedelta(minutes=2),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=10), maximum_attempts=5),
 )

@@ -77,6 +77,17 @@ class Settings(BaseSettings):
         None, description="PostgreSQL of the sandbox's ledger; unset: the product's, in a schema of its own."
     )
 
+    # Faults, for tests only
+    failpoints: str | None = Field(None, description="Where this process is to break, see docs/reliability.md.")
+    failpoints_seed: int | None = Field(None, description="Makes the dice of the failpoints repeatable.")
+    failpoints_log: Path | None = Field(None, description="File to which every hit of a failpoint is added.")
+
+    # Metrics and health; traces are configured by the standard OTEL_* variables
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of `/metrics`, `/healthz` and `/readyz` of this process; 0: none."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address that port is on.")
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["auto", "json", "console"] = Field(

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import structlog
 from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
-from temporalio.service import RPCError, RPCStatusCode, TLSConfig
+from temporalio.runtime import (
+    LogForwardingConfig,
+    LoggingConfig,
+    PrometheusConfig,
+    Runtime,
+    TelemetryConfig,
+    TelemetryFilter,
+)
+from temporalio.service import RetryConfig, RPCError, RPCStatusCode, TLSConfig
 
+from app import tracing
 from app.db import pauses
 
 if TYPE_CHECKING:
@@ -46,8 +59,70 @@ async def connect(settings: Settings, *, lazy: bool = True) -> Client:
         api_key=api_key.get_secret_value() if api_key else None,
         tls=_tls(settings),
         data_converter=pydantic_data_converter,
+        plugins=tracing.temporal_plugins(),
+        runtime=_runtime(with_metrics=settings.metrics_port > 0).runtime,
         lazy=lazy,
+        retry_config=_impatient(settings) if lazy else None,
     )
+
+
+def _impatient(settings: Settings) -> RetryConfig:
+    # `rpc_timeout` limits an attempt, not the call: a server that refuses connections would be asked for 10 s.
+    return RetryConfig(max_elapsed_time_millis=int(settings.temporal_rpc_timeout * 1000))
+
+
+@dataclass(frozen=True)
+class _SdkRuntime:
+    runtime: Runtime
+    metrics_url: str | None
+
+
+#: An order's task waits for a worker a few milliseconds when all is well; the defaults begin at 50.
+_SDK_BUCKETS: Final = dict.fromkeys(
+    (
+        "temporal_activity_execution_latency",
+        "temporal_activity_schedule_to_start_latency",
+        "temporal_request_latency",
+        "temporal_workflow_task_execution_latency",
+        "temporal_workflow_task_replay_latency",
+        "temporal_workflow_task_schedule_to_start_latency",
+    ),
+    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+
+
+@cache
+def _runtime(*, with_metrics: bool) -> _SdkRuntime:
+    """The SDK's threads, logs and metrics: one for the process, whatever the number of its clients and workers."""
+    address = f"127.0.0.1:{_free_port()}" if with_metrics else None
+    prometheus = address and PrometheusConfig(
+        bind_address=address,
+        counters_total_suffix=True,
+        unit_suffix=True,
+        durations_as_seconds=True,
+        histogram_bucket_overrides=_SDK_BUCKETS,
+    )
+    telemetry = TelemetryConfig(
+        logging=LoggingConfig(
+            filter=TelemetryFilter(core_level="WARN", other_level="ERROR"),
+            forwarding=LogForwardingConfig(logging.getLogger("temporalio.core"), append_target_to_name=False),
+        ),
+        metrics=prometheus or None,
+    )
+    return _SdkRuntime(Runtime(telemetry=telemetry), f"http://{address}/metrics" if address else None)
+
+
+def metrics_url(settings: Settings) -> str | None:
+    """Where the SDK publishes its metrics, for this process alone; None if it does not."""
+    return _runtime(with_metrics=settings.metrics_port > 0).metrics_url
+
+
+def _free_port() -> int:
+    # The SDK takes an address, not a socket, and does not tell which port it got for 0.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _tls(settings: Settings) -> TLSConfig | bool:

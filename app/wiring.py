@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import asyncpg
 import httpx
 from temporalio.client import Client
 
-from app import db, temporal
+from app import db, failpoints, health, temporal, tracing
 from app.payment.http_gateway import HttpPaymentGateway
 from app.shipping.http_carrier import HttpCarrier
 
@@ -30,21 +30,27 @@ class Services:
     temporal: Client
     gateway: PaymentGateway
     carrier: Carrier
+    readiness: health.Readiness = field(default_factory=health.Readiness)
 
 
 @asynccontextmanager
 async def open_services(settings: Settings) -> AsyncIterator[Services]:
     """Build everything; nothing is connected before it is used. Close it at the end."""
+    failpoints.arm(settings.failpoints, seed=settings.failpoints_seed, log=settings.failpoints_log)
+    tracing.configure_tracing()
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(tracing.flush)
         pool = await stack.enter_async_context(db.create_pool(settings))
         partners = await stack.enter_async_context(_partners(settings))
-        yield Services(
+        services = Services(
             settings=settings,
             pool=pool,
             temporal=await temporal.connect(settings),
             gateway=HttpPaymentGateway(partners.payment),
             carrier=HttpCarrier(partners.carrier),
         )
+        await stack.enter_async_context(health.serving(settings, services.readiness))
+        yield services
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class _Partners:
 async def _partners(settings: Settings) -> AsyncIterator[_Partners]:
     """HTTP clients of the payment provider and the carrier; the sandbox, in this process, for one without a URL."""
     async with AsyncExitStack() as stack:
-        transport = None
+        sandbox = None
         if not (settings.payment_url and settings.carrier_url):
             # Only the sandbox needs it, and a set-up with real partners should not load it.
             from app.sandbox.app import create_sandbox
@@ -65,14 +71,17 @@ async def _partners(settings: Settings) -> AsyncIterator[_Partners]:
 
             ledger = Ledger((settings.sandbox_database_url or settings.database_url).get_secret_value())
             stack.push_async_callback(ledger.close)
-            transport = httpx.ASGITransport(app=create_sandbox(ledger), raise_app_exceptions=False)
+            sandbox = create_sandbox(ledger)
 
         def client(url: str | None, path: str) -> httpx.AsyncClient:
-            return httpx.AsyncClient(
+            built = httpx.AsyncClient(
                 base_url=url or f"http://sandbox{path}",
-                transport=None if url else transport,
+                # Each its own: a shared one would be traced twice.
+                transport=None if url or not sandbox else httpx.ASGITransport(sandbox, raise_app_exceptions=False),
                 timeout=settings.partner_timeout,
             )
+            tracing.instrument_client(built)
+            return built
 
         yield _Partners(
             payment=await stack.enter_async_context(client(settings.payment_url, "/payments")),

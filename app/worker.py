@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from temporalio.worker import Worker
 
-from app import db, temporal
+from app import db, gauges, health, metrics, temporal
 from app.events import AttemptLog
 from app.interceptors import AttemptInterceptor
 
 if TYPE_CHECKING:
     from temporalio.client import Client
 
+    from app.settings import Settings
     from app.wiring import Services
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,7 @@ class WorkerPart:
 def build(client: Client, services: Services, part: WorkerPart) -> Worker:
     """A worker that is not running yet."""
     settings = services.settings
+    metrics.expect_activities([function.__name__ for function in part.activities], part.task_queue)
     return Worker(
         client,
         task_queue=part.task_queue,
@@ -55,6 +57,7 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
     Raises:
         Exception: a worker failed for good, such as on a namespace that was deleted.
     """
+    services.readiness.require("workers", _not_started)
     ready = asyncio.create_task(_wait_for_servers(services))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -65,6 +68,10 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
     client = await temporal.connect(services.settings, lazy=False)
     workers = [build(client, services, part) for part in parts]
     running = [asyncio.create_task(worker.run()) for worker in workers]
+    services.readiness.forget("workers")
+    for worker in workers:
+        health.require_polling(services.readiness, worker)
+    reading = asyncio.create_task(_read_gauges(services.settings))
     queues = [part.task_queue for part in parts]
     log.info("workers started", task_queues=queues)
     await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
@@ -72,7 +79,17 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
     await asyncio.gather(*(worker.shutdown() for worker in workers))
     await asyncio.gather(*running)
     stopping.cancel()
+    reading.cancel()
     log.info("workers stopped", task_queues=queues)
+
+
+async def _not_started() -> None:
+    raise health.NotReady("waiting for PostgreSQL, its migration, or Temporal")
+
+
+async def _read_gauges(settings: Settings) -> None:
+    if settings.metrics_port:
+        await gauges.keep_reading(settings)
 
 
 async def _wait_for_servers(services: Services) -> None:

@@ -1,7 +1,8 @@
-"""`python -m app.cli.healthcheck`: the container's HEALTHCHECK. Standard library only, as it runs every few seconds.
+"""`python -m app.cli.healthcheck [URL ...]`: the container's HEALTHCHECK. It runs every few seconds, so it is plain
+standard library and imports nothing of the product.
 
-Exit code 0 when the process in this container answers with 200, 1 otherwise, with the reason. `/healthz` is asked, or
-the path that is given: `/readyz` waits for the servers behind it as well.
+Exit code 0 when every URL answers with 200, otherwise 1 and the reason. Without one it asks `/healthz` of this
+process: on the metrics port, which every role has, or on the API's where that is off.
 """
 
 from __future__ import annotations
@@ -12,21 +13,34 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+#: Less than the time-out of the container's health check, so that the reason is seen.
+TIMEOUT = 4.0
 
-def main(arguments: Sequence[str]) -> int:
-    """Ask once; the exit code."""
-    path = arguments[0] if arguments else "/healthz"
-    url = f"http://127.0.0.1:{os.environ.get('TRELLIS_API_PORT', '8000')}{path}"
-    # A proxy of the environment has no business here.
+
+def main(urls: Sequence[str]) -> int:
+    """Ask each once; the exit code."""
+    faults = [fault for url in urls or [_own()] if (fault := _fault(url))]
+    sys.stderr.writelines(f"{fault}\n" for fault in faults)
+    return 1 if faults else 0
+
+
+def _own() -> str:
+    port = os.environ.get("TRELLIS_METRICS_PORT", "0")
+    if port in {"", "0"}:
+        port = os.environ.get("TRELLIS_API_PORT", "8000")
+    return f"http://127.0.0.1:{port}/healthz"
+
+
+def _fault(url: str) -> str | None:
+    # A proxy that the environment names has no business here.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=4) as answer:
-            return 0 if answer.status == 200 else 1
+        with opener.open(url, timeout=TIMEOUT):
+            return None
     except urllib.error.HTTPError as error:
-        sys.stderr.write(f"{url}: {error.code} {error.read(500).decode(errors='replace')}\n")
+        return f"{url}: {error.code} {error.read(500).decode(errors='replace')}"
     except OSError as error:
-        sys.stderr.write(f"{url}: {error}\n")
-    return 1
+        return f"{url}: {error}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import typer
 
 from app.cli import order, serve
 from app.cli.audit import audit
+from app.cli.client import EXIT_CODES
 from app.cli.demo import demo
+from app.cli.reconcile import reconcile
 from app.cli.run import run
 from app.cli.sandbox import sandbox
 from app.errors import TrellisError
@@ -26,8 +28,9 @@ app.command()(serve.run_all)
 app.command()(serve.migrate)
 app.command()(sandbox)
 app.command()(audit)
+app.command()(reconcile)
 app.add_typer(order.app, name="order")
-app.command()(demo)
+app.command(epilog=EXIT_CODES)(demo)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import signal
 import socket
@@ -12,21 +13,16 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from app.errors import TrellisError
-from app.local.api import ApiServer
-from app.local.processes import LocalError, PortTaken, ServerDied, listen
+from app.local.processes import LocalError, PortTaken, ServerDied, free_port, listen
 from app.local.stack import LocalStack
-from app.settings import Settings
-
-T = TypeVar("T")
 
 DRAIN_MARGIN = 10.0
 """Seconds the workers get beyond their own graceful time-out."""
@@ -68,6 +64,7 @@ class Options:
     postgres_port: int
     temporal_port: int
     ui_port: int | None
+    trace: str | None = None
 
 
 def run(
@@ -85,6 +82,9 @@ def run(
     temporal_port: Annotated[int, typer.Option(help="Port of Temporal.", min=1, max=65535)] = 7233,
     ui_port: Annotated[int, typer.Option(help="Port of the Temporal UI.", min=1, max=65535)] = 8233,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Run without the Temporal UI.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Add traces, a line per span, to this file; `-` is the terminal.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Run PostgreSQL, Temporal, the API and both workers, until Ctrl-C.
 
@@ -97,17 +97,23 @@ def run(
         postgres_port=postgres_port,
         temporal_port=temporal_port,
         ui_port=None if no_ui else ui_port,
+        trace=trace,
     )
+    raise typer.Exit(asyncio.run(_run(options)))
+
+
+async def _run(options: Options) -> int:
     this_run = _Run(options)
     try:
         _check_ports(options)
-        code = asyncio.run(this_run.to_the_end())
+        code = await this_run.to_the_end()
     except TrellisError as error:
         typer.echo(f"trellis: {error}", err=True)
         code = 1
     if this_run.started:
+        # Inside the event loop: its end would wait again for what was not drained, and print what that says.
         _leave(code)
-    raise typer.Exit(code)
+    return code
 
 
 class _Run:
@@ -116,7 +122,6 @@ class _Run:
     def __init__(self, options: Options) -> None:
         self.started = False
         self._options = options
-        self._console = Console(highlight=False)
         self._signals = _Signals(self._say)
 
     async def to_the_end(self) -> int:
@@ -125,8 +130,8 @@ class _Run:
         Raises:
             LocalError: something did not start, or ended by itself. Everything is stopped then.
         """
-        stack = self._stack(_settings())
         with self._signals:
+            stack = self._stack()
             self._signals.when_forced(stack.hurry)
             try:
                 await self._signals.or_stop(stack.prepare())
@@ -143,35 +148,50 @@ class _Run:
                 if self.started:
                     self._say("Everything is stopped.")
 
-    def _stack(self, settings: Settings) -> LocalStack:
+    def _stack(self) -> LocalStack:
+        from app.settings import load
+
         return LocalStack(
             self._options.data,
             postgres_port=self._options.postgres_port,
             temporal_port=self._options.temporal_port,
             ui_port=self._options.ui_port,
-            namespaces=[settings.temporal_namespace],
+            namespaces=[load().temporal_namespace],
             report=self._say,
         )
 
     async def _serve(self, stack: LocalStack, bound: socket.socket) -> int:
-        # Late: they import the whole product, and a taken port should be told before that.
+        self._say("The application …")
+        # Late: they import the whole product, which takes a second or two; until the signal handlers are there
+        # Ctrl-C is answered with a stack trace.
         from app.db import migrate
+        from app.local.api import ApiServer, local_url
         from app.main import create
+        from app.settings import load
         from app.telemetry import configure_logging
 
-        await self._timed("Migrations", asyncio.to_thread(migrate, stack.database_url))
-        overrides = {"api_host": self._options.host, "api_port": self._options.port, **stack.settings_overrides()}
-        settings = _settings(**overrides)
+        await self._timed("Migrations", asyncio.to_thread(migrate, stack.database_url), stack)
+        settings = load(
+            api_host=self._options.host,
+            api_port=self._options.port,
+            metrics_port=load().metrics_port or free_port(),
+            **stack.settings_overrides(),
+        )
         configure_logging(settings)
+        if self._options.trace is not None:
+            _write_traces(self._options.trace)
         api = ApiServer(create(settings), bound)
         self._signals.when_forced(api.hurry)
         drain = settings.graceful_shutdown_timeout + DRAIN_MARGIN
+        metrics = local_url(settings.metrics_host, settings.metrics_port)
         try:
-            await self._timed("API and workers", api.start())
-            _announce(self._console, api.url, stack)
-            await self._until_over(api, stack)
+            await self._timed("API and workers", api.start(f"{metrics}/readyz"), stack)
+            self._say(_announcement(api.url, f"{metrics}/metrics", stack))
+            await self._signals.or_stop(_first_of(api.wait(), stack.watch()))
+        except Interrupted:
+            pass
         except ServerDied as error:
-            self._say(f"\n{error}\n")
+            self._say(f"\n{str(error).partition(';')[0]}")
             drain = 0.0  # what the workers would finish cannot be recorded any more
             raise
         finally:
@@ -179,19 +199,15 @@ class _Run:
             drained = await api.stop(drain)
         return 0 if drained else FORCED
 
-    async def _until_over(self, api: ApiServer, stack: LocalStack) -> None:
-        """Wait for a signal, for the end of the application or of a server; the last two are errors."""
-        await self._signals.or_stop(_first_of(api.wait(), stack.watch()))
-
-    async def _timed(self, name: str, work: Coroutine[Any, Any, T]) -> T:
+    async def _timed(self, name: str, work: Coroutine[Any, Any, None], stack: LocalStack) -> None:
         self._say(f"{name} …")
         started = time.monotonic()
-        result = await self._signals.or_stop(work)
+        await self._signals.or_stop(_first_of(work, stack.watch()))
         self._say(f"{name} ready in {time.monotonic() - started:.1f} s")
-        return result
 
     def _say(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone, and that is no reason not to stop in order
+            typer.echo(line)
 
 
 class _Signals:
@@ -207,7 +223,8 @@ class _Signals:
 
     def __enter__(self) -> None:
         for number in self.NUMBERS:
-            asyncio.get_running_loop().add_signal_handler(number, self._received)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means what it says
+                asyncio.get_running_loop().add_signal_handler(number, self._received)
 
     def __exit__(self, *_: object) -> None:
         for number in self.NUMBERS:
@@ -217,8 +234,8 @@ class _Signals:
         """Call `action` at the second signal."""
         self._forced.append(action)
 
-    async def or_stop(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; at the first signal it is cancelled and awaited.
+    async def or_stop(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`; at the first signal it is cancelled and awaited.
 
         Raises:
             Interrupted: that happened.
@@ -233,7 +250,7 @@ class _Signals:
                 await asyncio.wait({task})
         if task.cancelled():
             raise Interrupted
-        return task.result()
+        task.result()
 
     def _received(self) -> None:
         now = time.monotonic()
@@ -247,6 +264,21 @@ class _Signals:
                 action()
 
 
+def _write_traces(file: str) -> None:
+    """From here on, to the end of the process.
+
+    Raises:
+        LocalError: the file cannot be written.
+    """
+    from app.tracing import configure_tracing
+
+    try:
+        # Never closed: spans come to the very end.
+        configure_tracing(sys.stdout if file == "-" else Path(file).open("a", encoding="utf-8"))  # noqa: SIM115
+    except OSError as error:
+        raise LocalError(f"--trace: {error.strerror}: {error.filename}") from error
+
+
 async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
     """Wait for the first to end or fail, and cancel the others."""
     tasks = [asyncio.create_task(work) for work in works]
@@ -257,6 +289,7 @@ async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)
 
 
 def _check_ports(options: Options) -> None:
@@ -274,20 +307,12 @@ def _check_ports(options: Options) -> None:
             users[port] = option
 
 
-def _settings(**overrides: Any) -> Settings:
-    try:
-        return Settings(**overrides)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(("TRELLIS", *map(str, first["loc"]))).upper()
-        raise LocalError(f"the environment variable {name} is wrong: {first['msg']}") from error
-
-
-def _announce(console: Console, api: str, stack: LocalStack) -> None:
+def _announcement(api: str, metrics: str, stack: LocalStack) -> str:
     """Where everything is, and what to try; nothing here is wrapped, so that it can be copied."""
     rows = {
         "API": api,
         "API docs": f"{api}/docs",
+        "Metrics": metrics,
         "Temporal UI": f"http://127.0.0.1:{stack.temporal.ui_port}" if stack.temporal.ui_port else "off",
         "Temporal": stack.temporal_address,
         "Temporal metrics": f"http://127.0.0.1:{stack.temporal.metrics_port}/metrics",
@@ -298,9 +323,10 @@ def _announce(console: Console, api: str, stack: LocalStack) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value, no_wrap=True, overflow="ignore"))
-    console.print()
-    console.print(table, crop=False, width=max(console.width, 20 + max(map(len, rows.values()))))
-    console.print(Text(_CURL.replace("API", api)), soft_wrap=True)
+    console = Console(highlight=False, width=20 + max(map(len, rows.values())))
+    with console.capture() as printed:
+        console.print(table)
+    return f"\n{printed.get()}{_CURL.replace('API', api)}"
 
 
 def _leave(code: int) -> None:
@@ -310,6 +336,7 @@ def _leave(code: int) -> None:
     (temporalio/sdk-python issue 300).
     """
     atexit._run_exitfuncs()  # noqa: SLF001 - all of normal exit that matters here
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)

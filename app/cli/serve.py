@@ -1,4 +1,8 @@
-"""`trellis api`, `worker`, `migrate`, `run-all`: the parts, as processes against configured servers."""
+"""`trellis api`, `worker`, `migrate`, `run-all`: the parts, as processes against configured servers.
+
+What a command needs is imported when it runs: Temporal's SDK and FastAPI take more than a second, which `--help` and
+tab completion need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import asyncio
 import signal
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import uvicorn
 
-from app import db
 from app.errors import ServiceUnavailable
-from app.settings import Settings, load
-from app.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 
 class Queue(StrEnum):
@@ -30,11 +33,9 @@ def api(
 ) -> None:
     """Serve the HTTP API, without workers."""
     _end_on_sigterm()
-    # FastAPI takes a second to import, which `trellis --help` need not wait for.
     from app.http import create_app
 
-    settings = load()
-    configure_logging(settings)
+    settings = _settings()
     serve(create_app(settings), host or settings.api_host, port or settings.api_port)
 
 
@@ -44,15 +45,24 @@ def run_all(
 ) -> None:
     """Migrate if needed, then serve the API and work on both task queues, all in this process."""
     _end_on_sigterm()
+    from app import db
     from app.main import create
 
-    settings = load()
-    configure_logging(settings)
+    settings = _settings()
     # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
     version = asyncio.run(_reach_database(settings, wait=True))
     if version is None or version < db.SCHEMA_VERSION:
         db.migrate(settings.database_url.get_secret_value())
     serve(create(settings), host or settings.api_host, port or settings.api_port)
+
+
+def _settings() -> Settings:
+    from app.settings import load
+    from app.telemetry import configure_logging
+
+    settings = load()
+    configure_logging(settings)
+    return settings
 
 
 def _end_on_sigterm(code: int = 0) -> None:
@@ -66,6 +76,8 @@ def _end_on_sigterm(code: int = 0) -> None:
 
 def serve(application: object, host: str, port: int) -> None:
     """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave."""
+    import uvicorn
+
     uvicorn.run(
         application,  # type: ignore[arg-type]
         host=host,
@@ -81,9 +93,7 @@ def worker(
 ) -> None:
     """Work on one task queue. SIGTERM lets running attempts finish, then ends with exit code 0."""
     _end_on_sigterm()
-    settings = load()
-    configure_logging(settings)
-    asyncio.run(_work(settings, queue))
+    asyncio.run(_work(_settings(), queue))
 
 
 async def _work(settings: Settings, queue: Queue) -> None:
@@ -105,14 +115,17 @@ def migrate(
 ) -> None:
     """Bring the database's schema to this release's. Repeating it is harmless."""
     _end_on_sigterm(128 + signal.SIGTERM)  # not 0: whoever waits for the migration must not take it for done
-    settings = load()
-    configure_logging(settings)
+    from app import db
+
+    settings = _settings()
     asyncio.run(_reach_database(settings, wait=wait))
     db.migrate(settings.database_url.get_secret_value())
     typer.echo(f"the schema is at {db.SCHEMA_VERSION}")
 
 
 async def _reach_database(settings: Settings, *, wait: bool) -> str | None:
+    from app import db
+
     async with db.create_pool(settings) as pool:
         try:
             return await (db.wait_until_answering(pool) if wait else db.schema_version(pool))

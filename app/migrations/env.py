@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from alembic import context
-from sqlalchemy import create_engine, pool, text
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, create_engine, pool, text
 
 # Any constant will do; it keeps two migrating processes apart in one database.
 LOCK = 7_217_001
@@ -15,11 +16,21 @@ def migrate_online() -> None:
     engine = create_engine(config.attributes["url"], poolclass=pool.NullPool)
     with engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+        newer = _is_newer(connection)
         connection.commit()
+        if newer:
+            return
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():
             context.run_migrations()
         # The lock ends with the connection.
+
+
+def _is_newer(connection: Connection) -> bool:
+    """Whether the way up leads down. A release that was rolled back finds the schema of the one after it: that
+    serves it as well (`db.SCHEMA_VERSION`), and only the newer one knows the way back."""
+    found, head = MigrationContext.configure(connection).get_current_revision(), context.get_head_revision()
+    return found is not None and context.get_revision_argument() == head and found > str(head)
 
 
 migrate_online()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
+from app.failpoints import reach
 from app.order.models import AddressChange, AddressDecision, CloseOrder, NoteRequest, OrderInput
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ class OrderActivities:
     @activity.defn
     async def receive(self, order: OrderInput) -> None:
         """Write the order down."""
+        reach("receive.before_write")
         await self._orders.receive(order, activity.info().workflow_run_id or "")
+        reach("receive.before_reply")
 
     @activity.defn
     async def validate(self, order: OrderInput) -> None:
@@ -30,22 +33,29 @@ class OrderActivities:
         Raises:
             OrderRejected: the order can never be charged; it is `rejected`.
         """
+        reach("validate.before_write")
         await self._orders.open_review(order)
+        reach("validate.before_reply")
 
     @activity.defn
     async def close(self, request: CloseOrder) -> None:
         """End an order that was not charged."""
+        reach("close.before_write")
         await self._orders.close(request)
+        reach("close.before_reply")
 
     @activity.defn
     async def change_address(self, change: AddressChange) -> AddressDecision:
         """Take a new address unless the parcel is on its way."""
-        return AddressDecision(accepted=await self._orders.change_address(change, _key("address")))
+        accepted = await self._orders.change_address(change, _key("address"))
+        reach("change_address.before_reply")
+        return AddressDecision(accepted=accepted)
 
     @activity.defn
     async def note(self, note: NoteRequest) -> None:
         """Tell in the timeline of something that changed nothing, such as an approval that came too late."""
         await self._orders.note(note, _key(note.type))
+        reach("note.before_reply")
 
 
 def _key(happening: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated
+from http import HTTPStatus
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
@@ -32,6 +33,9 @@ from app.order.service import OrderService
 from app.problems import problems
 from app.shipping.models import Address
 from app.steps import Step
+
+#: A number of so many digits still fits PostgreSQL's bigint.
+MAX_EVENT_DIGITS: Final = 18
 
 router = APIRouter()
 
@@ -80,7 +84,7 @@ async def start(order_id: Id, request: StartOrder, orders: Orders) -> StartAccep
     status_code=202,
     tags=["signals"],
     summary="Approve",
-    responses=problems(404, 409),
+    responses=problems(404, 409, 413),
 )
 async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
     """Approve the order. It counts when it reaches the workflow before the review window has been closed; an event
@@ -94,7 +98,7 @@ async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> 
     status_code=202,
     tags=["signals"],
     summary="Cancel",
-    responses=problems(404, 409),
+    responses=problems(404, 409, 413),
 )
 async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
     """Cancel the order. What was charged is refunded, unless the carrier has the parcel; then an event says so."""
@@ -107,7 +111,7 @@ async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> A
     status_code=202,
     tags=["signals"],
     summary="Change the address",
-    responses=problems(404, 409),
+    responses=problems(404, 409, 413),
 )
 async def signal_address(order_id: Id, address: Address, orders: Orders) -> Accepted:
     """Change the address, until the parcel is handed over."""
@@ -124,13 +128,13 @@ async def status(order_id: Id, orders: Orders) -> OrderStatus:
 # --- calls that are answered
 
 
-@router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409))
+@router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409, 413))
 async def review(order_id: Id, decision: Review, orders: Orders) -> Decided:
     """Approve or reject. 200 means that this decision is the one that counts."""
     return await orders.service.review(order_id, decision)
 
 
-@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409))
+@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409, 413))
 async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Decided:
     """Cancel. 200 means that nothing will stay charged; 409 that it is too late."""
     return await orders.service.cancel_now(order_id)
@@ -140,7 +144,7 @@ async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) 
     "/orders/{id}/address",
     tags=["orders"],
     summary="Change the address, answered",
-    responses=problems(404, 409),
+    responses=problems(404, 409, 413),
 )
 async def change_address(order_id: Id, address: Address, orders: Orders) -> Decided:
     """Change the address. 200 means that the parcel will go there."""
@@ -173,6 +177,7 @@ async def view(order_id: Id, orders: Orders) -> OrderView:
     responses={
         **problems(404),
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "With `text/event-stream`: the order has ended, and `Last-Event-ID` was its last event."},
     },
 )
 async def events(
@@ -184,11 +189,15 @@ async def events(
     ] = None,
 ) -> Response | Events:
     """What happened, oldest first. With `Accept: text/event-stream` also what happens, until the order has ended."""
-    await orders.service.status(order_id)
-    if "text/event-stream" in accept:
-        stream = orders.feed.watch(order_id, _event_number(last_event_id))
-        return EventSourceResponse(_server_sent(stream), headers={"Cache-Control": "no-cache"})
-    return await orders.repository.events(order_id)
+    status = await orders.service.status(order_id)
+    if "text/event-stream" not in accept:
+        return await orders.repository.events(order_id)
+    after = _event_number(last_event_id)
+    if not status.step.final:
+        return _stream(orders.feed.watch(order_id, after))
+    rest = await orders.repository.events(order_id, after)
+    # A browser comes back when a stream ends, and goes on doing so until it is told that there is no more.
+    return _stream(_told(rest)) if rest.events else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
 @router.get("/reviews", tags=["reviews"], summary="The clerk's queue", responses=problems())
@@ -198,10 +207,19 @@ async def reviews(orders: Orders, after: After = None, limit: Limit = 50) -> Rev
 
 
 def _event_number(last_event_id: str | None) -> int:
-    try:
-        return int(last_event_id or 0)
-    except ValueError:
-        raise InvalidRequest("Last-Event-ID: not the id of an event") from None
+    number = last_event_id or "0"
+    if not (number.isdecimal() and len(number) <= MAX_EVENT_DIGITS):
+        raise InvalidRequest("Last-Event-ID: not the id of an event")
+    return int(number)
+
+
+def _stream(events: AsyncIterator[Event | None]) -> Response:
+    return EventSourceResponse(_server_sent(events), headers={"Cache-Control": "no-cache"})
+
+
+async def _told(events: Events) -> AsyncIterator[Event]:
+    for event in events.events:
+        yield event
 
 
 async def _server_sent(stream: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:

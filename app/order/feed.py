@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from app.db import UNAVAILABLE
 from app.order.models import Event
@@ -77,21 +78,23 @@ class EventFeed:
             self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        while self._watchers:
-            try:
-                await self._hand_out()
-            except UNAVAILABLE as error:
-                log.warning("timelines cannot be read", error=type(error).__name__)
-            await asyncio.sleep(INTERVAL)
+        # It would be traced as a part of the request that happened to be the first to watch.
+        with suppress_instrumentation():
+            while self._watchers:
+                try:
+                    await self._hand_out()
+                except UNAVAILABLE as error:
+                    log.warning("timelines cannot be read", error=type(error).__name__)
+                await asyncio.sleep(INTERVAL)
 
     async def _hand_out(self) -> None:
         oldest: dict[str, int] = {}
+        by_order: dict[str, list[_Watcher]] = {}
+        # Whoever joins while the tables are read may lack older events than were asked for: it waits for the next look.
         for watcher in self._watchers:
             oldest[watcher.order_id] = min(watcher.seen, oldest.get(watcher.order_id, watcher.seen))
-        news = await self._orders.events_of_many(oldest)
-        by_order: dict[str, list[_Watcher]] = {}
-        for watcher in self._watchers:
             by_order.setdefault(watcher.order_id, []).append(watcher)
+        news = await self._orders.events_of_many(oldest)
         for order_id, event in news:
             for watcher in by_order.get(order_id, ()):
                 if event.id > watcher.seen:

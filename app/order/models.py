@@ -12,7 +12,16 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.money import MAX_TOTAL, Amount, Currency, Money, quantize
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
@@ -28,7 +37,15 @@ DEMO_PRICE: Final = Decimal("50.00")
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
 
-OrderId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=IDENTIFIER)]
+def _not_a_path_step(order_id: str) -> str:
+    if order_id in {".", ".."}:
+        raise ValueError("'.' and '..' would be taken for steps of a path")
+    return order_id
+
+
+OrderId = Annotated[
+    str, StringConstraints(min_length=1, max_length=64, pattern=IDENTIFIER), AfterValidator(_not_a_path_step)
+]
 PaymentId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=IDENTIFIER)]
 ShortId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=IDENTIFIER)]
 
@@ -77,11 +94,18 @@ class StartOrder(BaseModel):
 
     @model_validator(mode="after")
     def _prices_fit_the_currency(self) -> Self:
-        self.items = [
-            item.model_copy(update={"unit_price": quantize(item.unit_price, self.currency)}) for item in self.items
-        ]
-        if self.items and not 0 < _sum(self.items) <= MAX_TOTAL:
-            raise ValueError(f"the total of the items must be more than 0 and at most {MAX_TOTAL}")
+        items, faults = [], []
+        for number, item in enumerate(self.items):
+            try:
+                items.append(item.model_copy(update={"unit_price": quantize(item.unit_price, self.currency)}))
+            except ValueError as error:
+                faults.append(_fault(str(error), "items", number, "unit_price"))
+        if items and not faults and not 0 < _sum(items) <= MAX_TOTAL:
+            faults.append(_fault(f"the total must be more than 0 and at most {MAX_TOTAL}", "items"))
+        if faults:
+            # With the place of each, which a ValueError would not have.
+            raise ValidationError.from_exception_data(type(self).__name__, faults)
+        self.items = items
         return self
 
     @property
@@ -96,6 +120,10 @@ class StartOrder(BaseModel):
         Defaults are left out, so that a field added later does not change the fingerprint of older requests.
         """
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+
+
+def _fault(rule: str, *place: str | int) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("value_error", rule), loc=place, input=None)
 
 
 def _sum(items: list[Item]) -> Decimal:
@@ -285,6 +313,9 @@ class OrderView(OrderSummary):
     review_deadline: datetime | None
     tracking: str | None
     payment: PaymentView | None
+    trace_id: str | None = Field(
+        None, description="The trace that shows all of the order; null if it was not traced."
+    )
 
 
 class OrderPage(BaseModel):

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import AwareDatetime, RootModel
 
-from app import events
+from app import events, metrics, tracing
 from app.errors import InvalidRequest, OrderRejected
+from app.failpoints import reach
+from app.money import quantize
 from app.order.models import (
     AddressChange,
     CloseOrder,
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 _RECEIVE = """
 WITH received AS (
     INSERT INTO orders
-        (id, state, payment_id, request_hash, run_id, customer_id, items_json, total, currency, address_json)
-    VALUES ($1, 'received', $2, $3, $4, $5, $6, $7, $8, $9)
+        (id, state, payment_id, request_hash, run_id, customer_id, items_json, total, currency, address_json, trace_id)
+    VALUES ($1, 'received', $2, $3, $4, $5, $6, $7, $8, $9, $11)
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 )
@@ -57,6 +59,10 @@ _CHANGE_ADDRESS = """
 UPDATE orders SET address_json = $2
 WHERE id = $1 AND dispatch_started_at IS NULL AND NOT (state = ANY($3))
 """
+
+_LOCK = "SELECT FROM orders WHERE id = $1 FOR NO KEY UPDATE"
+
+_DECIDED = "SELECT type FROM events WHERE order_id = $1 AND key = $2"
 
 _FIND_START = """
 SELECT id, request_hash, run_id FROM orders WHERE id = $1 OR payment_id = $2 ORDER BY id <> $1 LIMIT 1
@@ -104,7 +110,7 @@ class OrderRepository:
     async def receive(self, order: OrderInput, run_id: str) -> None:
         """Write the order down, at `received`. A repeat changes nothing."""
         request, total = order.request, order.request.total
-        await self._pool.execute(
+        status = await self._pool.execute(
             _RECEIVE,
             order.order_id,
             request.payment_id,
@@ -116,7 +122,10 @@ class OrderRepository:
             total.currency,
             request.address.model_dump() if request.address else None,
             {"payment_id": request.payment_id, "amount": str(total.amount), "currency": total.currency},
+            tracing.trace_id(),
         )
+        if status == "INSERT 0 1":
+            metrics.order_received()
 
     async def open_review(self, order: OrderInput) -> None:
         """Enter `awaiting_review`, with its deadline.
@@ -129,13 +138,15 @@ class OrderRepository:
             owned = await connection.fetchval(_PAYMENT_OWNER, order.request.payment_id, order.order_id)
             if owned:
                 reason = f"{order.request.payment_id} belongs to another order"
-                await events.enter(connection, order.order_id, Step.REJECTED, {"reason": reason}, error=reason)
+                step = Step.REJECTED
+                move = await events.enter(connection, order.order_id, step, {"reason": reason}, error=reason)
             else:
                 seconds = order.review_timeout_seconds
                 await connection.execute(_OPEN_REVIEW, order.order_id, float(seconds))
-                await events.enter(
-                    connection, order.order_id, Step.AWAITING_REVIEW, {"review_timeout_seconds": seconds}
-                )
+                step = Step.AWAITING_REVIEW
+                reach("validate.in_transaction")
+                move = await events.enter(connection, order.order_id, step, {"review_timeout_seconds": seconds})
+        metrics.entered(step, move)
         if owned:
             raise OrderRejected(reason)
 
@@ -143,18 +154,26 @@ class OrderRepository:
         """Enter a final step without a charge."""
         payload = {"reason": request.reason} | ({"note": request.note} if request.note else {})
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.enter(connection, request.order_id, request.step, payload)
+            move = await events.enter(connection, request.order_id, request.step, payload)
+        metrics.entered(request.step, move)
 
     async def change_address(self, change: AddressChange, key: str) -> bool:
-        """Whether the address was taken: until `dispatch` starts, while the order is open."""
+        """Whether the address was taken: until `dispatch` starts, while the order is open.
+
+        Decided once per `key`: a repeat gets the first answer, and an attempt that was taken for dead and comes back
+        late does not undo a newer change.
+        """
         async with self._pool.acquire() as connection, connection.transaction():
-            status = await connection.execute(
-                _CHANGE_ADDRESS, change.order_id, change.address.model_dump(), list(FINAL_STEPS)
-            )
-            taken: bool = status == "UPDATE 1"
-            event = "address_changed" if taken else "address_refused"
-            await events.record(connection, change.order_id, event, {}, key=key)
-        return taken
+            await connection.execute(_LOCK, change.order_id)
+            event = await connection.fetchval(_DECIDED, change.order_id, key)
+            if event is None:
+                status = await connection.execute(
+                    _CHANGE_ADDRESS, change.order_id, change.address.model_dump(), list(FINAL_STEPS)
+                )
+                reach("change_address.in_transaction")
+                event = "address_changed" if status == "UPDATE 1" else "address_refused"
+                await events.record(connection, change.order_id, event, {}, key=key)
+        return bool(event == "address_changed")
 
     async def note(self, note: NoteRequest, key: str) -> None:
         """Add to the timeline what did not change the order."""
@@ -188,6 +207,7 @@ class OrderRepository:
             review_deadline=row["review_deadline"],
             tracking=row["tracking"],
             payment=row["paid_with"] and _payment(row),
+            trace_id=row["trace_id"],
         )
 
     async def newest(self, step: Step | None, after: str | None, limit: int) -> OrderPage:
@@ -225,7 +245,7 @@ def _summary(row: asyncpg.Record) -> OrderSummary:
         step=row["state"],
         last_error=row["last_error"],
         payment_id=row["payment_id"],
-        total=row["total"],
+        total=quantize(row["total"], row["currency"]),
         currency=row["currency"],
         customer_id=row["customer_id"],
         created_at=row["created_at"],
@@ -237,7 +257,8 @@ def _payment(row: asyncpg.Record) -> PaymentView:
     return PaymentView(
         payment_id=row["paid_with"],
         status=row["status"],
-        amount=row["amount"],
+        # A column of all currencies has two digits for each.
+        amount=quantize(row["amount"], row["currency"]),
         provider_reference=row["provider_reference"],
         created_at=row["payment_created_at"],
     )
@@ -248,7 +269,7 @@ def _review_task(row: asyncpg.Record) -> ReviewTask:
         order_id=row["id"],
         review_deadline=row["review_deadline"],
         seconds_left=round((row["review_deadline"] - datetime.now(UTC)).total_seconds(), 1),
-        total=row["total"],
+        total=quantize(row["total"], row["currency"]),
         currency=row["currency"],
         items=row["items_json"],
         customer_id=row["customer_id"],
@@ -275,7 +296,8 @@ def _parse_cursor(after: str | None) -> tuple[datetime | None, str | None]:
     if after is None:
         return None, None
     try:
-        position = _Position.model_validate_json(base64.urlsafe_b64decode(after))
-    except (ValueError, binascii.Error) as error:
+        moment, order_id = _Position.model_validate_json(base64.urlsafe_b64decode(after)).root
+        # In UTC, as the driver will want it: the first and the last day of the calendar overflow.
+        return moment.astimezone(UTC), order_id
+    except (ValueError, OverflowError, binascii.Error) as error:
         raise InvalidRequest("after: not a cursor from an earlier page") from error
-    return position.root

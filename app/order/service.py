@@ -16,6 +16,7 @@ from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
+from app import metrics
 from app.errors import OrderConflict, OrderNotFound, PaymentConflict, ServiceUnavailable, TooLate
 from app.order.models import (
     AddressSignal,
@@ -123,26 +124,37 @@ class OrderService:
             OrderNotFound: nobody knows the order.
             TooLate: the order is closed.
         """
-        await self._if_open(
+        await self._signal(
             order_id,
+            "approve",
             self._handle(order_id).signal(OrderWorkflow.approve, SignalPayload(), rpc_timeout=self._timeout),
         )
 
     async def cancel(self, order_id: str) -> None:
         """Signal a cancellation. Raises as `approve`."""
-        await self._if_open(
+        await self._signal(
             order_id,
+            "cancel",
             self._handle(order_id).signal(OrderWorkflow.cancel, SignalPayload(), rpc_timeout=self._timeout),
         )
 
     async def signal_address(self, order_id: str, address: Address) -> None:
         """Signal a new address. Raises as `approve`."""
-        await self._if_open(
+        await self._signal(
             order_id,
+            "address",
             self._handle(order_id).signal(
                 OrderWorkflow.address, AddressSignal(**address.model_dump()), rpc_timeout=self._timeout
             ),
         )
+
+    async def _signal(self, order_id: str, name: str, call: Awaitable[None]) -> None:
+        try:
+            await self._if_open(order_id, call)
+        except TooLate:
+            # The workflow counts what reaches it; this one did not.
+            metrics.signalled(name, "refused")
+            raise
 
     # --- updates: answered by the workflow
 

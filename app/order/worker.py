@@ -9,6 +9,8 @@ from app.order.repository import OrderRepository
 from app.order.workflows import OrderWorkflow
 from app.payment.activities import PaymentActivities
 from app.payment.repository import PaymentRepository
+from app.reconcile.worker import reconcile_activities
+from app.reconcile.workflows import ReconcileWorkflow
 from app.worker import WorkerPart
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def order_worker(services: Services) -> WorkerPart:
     payments = PaymentActivities(PaymentRepository(services.pool), services.gateway)
     return WorkerPart(
         task_queue=services.settings.order_task_queue,
-        workflows=[OrderWorkflow],
+        workflows=[OrderWorkflow, ReconcileWorkflow],
         activities=[
             orders.receive,
             orders.validate,
@@ -30,5 +32,6 @@ def order_worker(services: Services) -> WorkerPart:
             orders.note,
             payments.charge,
             payments.refund,
+            reconcile_activities(services).reconcile,
         ],
     )

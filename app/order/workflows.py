@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 from pydantic import ValidationError
 from temporalio import workflow
@@ -15,13 +16,12 @@ from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError, FailureError
 
 with workflow.unsafe.imports_passed_through():
-    from app import policies
+    from app import policies, signals
     from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
     from app.order.models import (
         AddressChange,
-        AddressSignal,
         CloseOrder,
         Decided,
         NoteRequest,
@@ -50,6 +50,10 @@ with workflow.unsafe.imports_passed_through():
 #: Signals that changed nothing are told in the timeline, but a flood of them must not fill the history.
 MAX_NOTES = 20
 
+#: Nor must a flood of addresses: Temporal terminates a workflow whose history is full, and a charge would stay.
+#: Updates need no such limit, the server has one.
+MAX_ADDRESS_SIGNALS = 50
+
 
 @workflow.defn
 class OrderWorkflow:
@@ -66,6 +70,7 @@ class OrderWorkflow:
         self._dispatch_failed: str | None = None
         self._shipment: workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult] | None = None
         self._address_turn = asyncio.Lock()
+        self._address_signals = 0
         self._notes = 0
 
     @workflow.run
@@ -145,7 +150,9 @@ class OrderWorkflow:
             await self._refund(Step.CANCELLED, "cancelled during the charge")
 
     async def _ship(self) -> None:
-        self._shipment = shipment = await self._start_shipment()
+        # In turn behind every address that was sent before, so that none of them comes too late for the handover.
+        async with self._address_turn:
+            self._shipment = shipment = await self._start_shipment()
         await workflow.wait_condition(lambda: shipment.done() or self._cancel)
         if not shipment.done():
             await self._tell_shipment("cancel")
@@ -245,40 +252,57 @@ class OrderWorkflow:
             await self._note("cancel_refused", "the carrier has the parcel")
 
     # --- signals: always taken; told in the timeline when they no longer count
+    #
+    # They may come from anybody's client. Arguments that cannot be decoded as annotated make the SDK drop the signal,
+    # and their number, if it is not the handler's, makes it fail every workflow task from then on: a person's decision
+    # would be lost, or the order stuck. So these take any number of anything.
 
     @workflow.signal
-    async def approve(self, _: SignalPayload | None = None) -> None:
+    async def approve(self, *_: Any) -> None:
         """Approve the order, also before its review opens."""
         too_late = self._why_no_review()
+        signals.count("approve", "ignored" if too_late else "accepted")
         if too_late:
             await self._note("approve_ignored", too_late)
         else:
             self._review = Review(decision=Verdict.APPROVE)
 
     @workflow.signal
-    async def cancel(self, _: SignalPayload | None = None) -> None:
+    async def cancel(self, *_: Any) -> None:
         """Cancel the order; after the charge, get the parcel back and refund."""
         too_late = self._why_no_cancel()
+        signals.count("cancel", "refused" if too_late else "accepted")
         if too_late:
             await self._note("cancel_refused", too_late)
         else:
             self._cancel = True
 
     @workflow.signal
-    async def address(self, payload: AddressSignal | None = None) -> None:
+    async def address(self, *payload: Any) -> None:
         """Change the address until `dispatch` starts."""
+        self._address_signals += 1
         try:
-            address = Address.model_validate((payload or AddressSignal()).model_dump(exclude_none=True))
+            address = Address.model_validate(payload[0] if len(payload) == 1 else None)
         except ValidationError as error:
-            fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors()})
-            await self._note("address_ignored", f"not valid: {', '.join(fields)}")
+            ignored = f"not valid: {_fields_at_fault(error)}"
         else:
-            await self._change_address(address)
+            ignored = "too many changes" if self._address_signals > MAX_ADDRESS_SIGNALS else ""
+        if ignored:
+            signals.count("address", "ignored")
+            await self._note("address_ignored", ignored)
+        else:
+            accepted = await self._change_address(address)
+            signals.count("address", "accepted" if accepted else "refused")
 
     @workflow.signal
-    def dispatch_failed(self, failed: DispatchFailed) -> None:
+    def dispatch_failed(self, failed: DispatchFailed | None = None) -> None:
         """The child gave up: nothing was shipped and nothing will be."""
-        self._dispatch_failed = failed.reason
+        if failed is not None:
+            self._dispatch_failed = failed.reason
+
+    @workflow.signal
+    def recalled(self, *_: Any) -> None:
+        """The child got the parcel back. Its result says so, too; that this arrives tells it who will refund."""
 
     # --- updates: answered, or refused with the reason
 
@@ -372,3 +396,9 @@ class OrderWorkflow:
             NoteRequest(order_id=self._order.order_id, type=event, payload={"reason": reason}),
             **policies.DATABASE,
         )
+
+
+def _fields_at_fault(error: ValidationError) -> str:
+    """Their names if they are an address's; nothing else of what was sent, which may be personal, or very long."""
+    names = {str(problem["loc"][0]) for problem in error.errors(include_input=False) if problem["loc"]}
+    return ", ".join(sorted(names & Address.model_fields.keys())) or "not an address"

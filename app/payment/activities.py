@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from temporalio import activity
 
 from app.errors import PaymentConflict, PaymentDeclined, RefundRefused
+from app.failpoints import reach
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, RefundRequest
 
@@ -31,15 +32,21 @@ class PaymentActivities:
             PaymentConflict: the payment id belongs to another order or amount, here or at the provider; likewise.
             PaymentUnavailable: no answer; the order stays `charging` and the attempt is repeated.
         """
+        reach("charge.before_claim")
         charged_before = await self._payments.begin_charge(request)
         if charged_before:
+            reach("charge.before_reply")
             return charged_before
+        reach("charge.before_gateway")
         try:
             receipt = await self._gateway.charge(request.payment_id, request.money)
         except (PaymentDeclined, PaymentConflict) as refused:
             await self._payments.fail_charge(request, str(refused))
+            reach("charge.before_reply")
             raise
+        reach("charge.after_gateway")
         await self._payments.complete_charge(request, receipt)
+        reach("charge.before_reply")
         return receipt
 
     @activity.defn
@@ -51,10 +58,14 @@ class PaymentActivities:
             TooLate: the order was shipped in the meantime.
             PaymentConflict: our books have no charge to give back.
         """
+        reach("refund.before_check")
         if not await self._payments.begin_refund(request):
             return
+        reach("refund.before_gateway")
         try:
             receipt = await self._gateway.refund(request.payment_id, request.money)
         except PaymentConflict as refused:
             raise RefundRefused(refused.detail) from refused
+        reach("refund.after_gateway")
         await self._payments.complete_refund(request, receipt)
+        reach("refund.before_reply")

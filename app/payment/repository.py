@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from app import events
+from app import events, metrics
 from app.errors import PaymentConflict, PaymentDeclined, TooLate, TrellisError
+from app.failpoints import reach
 from app.money import Money
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
@@ -57,15 +58,20 @@ class PaymentRepository:
             PaymentDeclined: the charge was declined in an earlier attempt; likewise.
         """
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(
+            claimed = await connection.execute(
                 _CLAIM, request.payment_id, request.order_id, request.money.amount, request.money.currency
             )
+            reach("charge.in_claim")
             payment = await connection.fetchrow(_LOCK, request.payment_id)
             refusal = _refusal(payment, request)
             note = {"note": request.approval_note} if request.approval_note else {}
-            await events.enter(connection, request.order_id, Step.CHARGING, {"payment_id": request.payment_id, **note})
-            if refusal:
-                await _close_unpaid(connection, request, str(refusal))
+            payload = {"payment_id": request.payment_id, **note}
+            charging = await events.enter(connection, request.order_id, Step.CHARGING, payload)
+            failed = await _close_unpaid(connection, request, str(refusal)) if refusal else None
+        if claimed == "INSERT 0 1":
+            metrics.payment_entered(PaymentStatus.INIT)
+        metrics.entered(Step.CHARGING, charging)
+        metrics.entered(Step.PAYMENT_FAILED, failed)
         if refusal:
             raise refusal
         return _receipt(payment) if payment and payment["status"] == PaymentStatus.CHARGED else None
@@ -73,19 +79,25 @@ class PaymentRepository:
     async def complete_charge(self, request: ChargeRequest, receipt: Receipt) -> None:
         """Write down what was charged, and enter `charged`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_CHARGED, request.payment_id, receipt.money.amount, receipt.reference)
-            await events.enter(
+            settled = await connection.execute(_CHARGED, request.payment_id, receipt.money.amount, receipt.reference)
+            reach("charge.in_settlement")
+            move = await events.enter(
                 connection,
                 request.order_id,
                 Step.CHARGED,
                 {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
             )
+        _count(settled, PaymentStatus.CHARGED)
+        metrics.entered(Step.CHARGED, move)
 
     async def fail_charge(self, request: ChargeRequest, reason: str) -> None:
         """Write down that the provider declined, and enter `payment_failed`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_FAILED, request.payment_id)
-            await _close_unpaid(connection, request, reason)
+            settled = await connection.execute(_FAILED, request.payment_id)
+            reach("charge.in_settlement")
+            move = await _close_unpaid(connection, request, reason)
+        _count(settled, PaymentStatus.FAILED)
+        metrics.entered(Step.PAYMENT_FAILED, move)
 
     async def begin_refund(self, request: RefundRequest) -> bool:
         """Whether there is still something to give back.
@@ -107,7 +119,8 @@ class PaymentRepository:
     async def complete_refund(self, request: RefundRequest, receipt: Receipt) -> None:
         """Write down what was given back, and close the order."""
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
+            settled = await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
+            reach("refund.in_settlement")
             await events.record(
                 connection,
                 request.order_id,
@@ -116,13 +129,15 @@ class PaymentRepository:
                 key="refunded",
             )
             failed = request.close_as is Step.SHIPPING_FAILED
-            await events.enter(
+            move = await events.enter(
                 connection,
                 request.order_id,
                 request.close_as,
                 {"reason": request.reason},
                 error=request.reason if failed else None,
             )
+        _count(settled, PaymentStatus.REFUNDED)
+        metrics.entered(request.close_as, move)
 
 
 def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisError | None:
@@ -139,9 +154,14 @@ def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisE
     return None
 
 
-async def _close_unpaid(connection: Connection, request: ChargeRequest, reason: str) -> None:
+async def _close_unpaid(connection: Connection, request: ChargeRequest, reason: str) -> events.Move | None:
     payload = {"payment_id": request.payment_id, "reason": reason}
-    await events.enter(connection, request.order_id, Step.PAYMENT_FAILED, payload, error=reason)
+    return await events.enter(connection, request.order_id, Step.PAYMENT_FAILED, payload, error=reason)
+
+
+def _count(updated: str, status: PaymentStatus) -> None:
+    if updated == "UPDATE 1":
+        metrics.payment_entered(status)
 
 
 def _receipt(payment: asyncpg.Record) -> Receipt:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
+from app.failpoints import reach
 from app.shipping.carrier import Handover
 from app.shipping.models import Shipment
 
@@ -24,7 +25,9 @@ class ShippingActivities:
     @activity.defn
     async def prepare(self, shipment: Shipment) -> None:
         """Make the parcel ready."""
+        reach("prepare.before_write")
         await self._shipments.prepare(shipment.order_id)
+        reach("prepare.before_reply")
 
     @activity.defn
     async def dispatch(self, shipment: Shipment) -> Handover:
@@ -34,11 +37,16 @@ class ShippingActivities:
             ShipmentRefused: the carrier will never take it.
             CarrierUnavailable: no answer.
         """
+        reach("dispatch.before_freeze")
         parcel = await self._shipments.begin_dispatch(shipment.order_id)
         if parcel.handover:
+            reach("dispatch.before_reply")
             return parcel.handover
+        reach("dispatch.before_carrier")
         handover = await self._carrier.dispatch(shipment.order_id, parcel.address)
+        reach("dispatch.after_carrier")
         await self._shipments.complete_dispatch(shipment.order_id, handover, pickup=parcel.address is None)
+        reach("dispatch.before_reply")
         return handover
 
     @activity.defn
@@ -51,9 +59,12 @@ class ShippingActivities:
             CarrierUnavailable: no answer.
         """
         parcel = await self._shipments.begin_dispatch(shipment.order_id)
+        reach("recall.before_carrier")
         handover = parcel.handover or await self._carrier.recall(shipment.order_id)
+        reach("recall.after_carrier")
         if handover:
             await self._shipments.complete_dispatch(shipment.order_id, handover, pickup=parcel.address is None)
         else:
             await self._shipments.complete_recall(shipment.order_id)
+        reach("recall.before_reply")
         return handover

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from app import events
+from app import events, metrics
 from app.errors import OrderNotFound
+from app.failpoints import reach
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
 from app.steps import Step
@@ -39,7 +40,8 @@ class ShipmentRepository:
     async def prepare(self, order_id: str) -> None:
         """Enter `prepared`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.enter(connection, order_id, Step.PREPARED)
+            move = await events.enter(connection, order_id, Step.PREPARED)
+        metrics.entered(Step.PREPARED, move)
 
     async def begin_dispatch(self, order_id: str) -> Parcel:
         """Freeze the address: from here on a change is refused.
@@ -60,9 +62,12 @@ class ShipmentRepository:
         payload: dict[str, Any] = {"tracking": handover.tracking, "pickup": pickup}
         async with self._pool.acquire() as connection, connection.transaction():
             await connection.execute(_TAKEN, order_id, handover.tracking)
-            await events.enter(connection, order_id, Step.SHIPPED, payload)
+            reach("dispatch.in_settlement")
+            move = await events.enter(connection, order_id, Step.SHIPPED, payload)
+        metrics.entered(Step.SHIPPED, move)
 
     async def complete_recall(self, order_id: str) -> None:
         """Tell that the parcel was withdrawn: nothing was shipped and nothing will be."""
         async with self._pool.acquire() as connection, connection.transaction():
             await events.record(connection, order_id, "recalled", {}, key="recalled")
+            reach("recall.in_settlement")

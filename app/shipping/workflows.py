@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
 
@@ -38,6 +40,7 @@ class ShippingWorkflow:
         self._address = shipping.address
         self._step = Step.CHARGED
         self._told_to_cancel = False
+        self._recalled = False
         self._failure = ""
 
     @workflow.run
@@ -47,10 +50,13 @@ class ShippingWorkflow:
         if handover:
             self._step = Step.SHIPPED
             return ShippingResult(outcome=ShippingOutcome.SHIPPED, tracking=handover.tracking)
-        if self._told_to_cancel:
+        # Not by being told to cancel alone: a carrier that was given up may have the parcel.
+        if self._told_to_cancel and self._recalled:
+            if not await self._tell_parent("recalled"):
+                await self._refund(Step.CANCELLED, "cancelled before the carrier took the parcel")
             return ShippingResult(outcome=ShippingOutcome.RECALLED)
-        if not await self._tell_parent():
-            await self._refund()
+        if not await self._tell_parent("dispatch_failed", DispatchFailed(reason=self._failure)):
+            await self._refund(Step.SHIPPING_FAILED, self._failure)
         raise ApplicationError(self._failure, type=DispatchFailed.__name__, non_retryable=True)
 
     # --- the story
@@ -80,12 +86,14 @@ class ShippingWorkflow:
     async def _recall(self) -> Handover | None:
         policy = policies.RECALL if self._told_to_cancel else policies.RECALL_AFTER_GIVING_UP
         try:
-            return await workflow.execute_activity_method(ShippingActivities.recall, self._shipment, **policy)
+            handover = await workflow.execute_activity_method(ShippingActivities.recall, self._shipment, **policy)
         except ActivityError as error:
             self._failure = f"{self._failure}; asked for it back: {message(error)}"
             return None
+        self._recalled = handover is None
+        return handover
 
-    async def _tell_parent(self) -> bool:
+    async def _tell_parent(self, signal: str, *args: DispatchFailed) -> bool:
         """Whether there is a parent that will refund. It may be gone: children are abandoned, not stopped."""
         parent = workflow.info().parent
         if parent is None:
@@ -93,36 +101,36 @@ class ShippingWorkflow:
         # Without the run id: an order whose run was reset is still the same order.
         handle = workflow.get_external_workflow_handle(parent.workflow_id)
         try:
-            await handle.signal("dispatch_failed", DispatchFailed(reason=self._failure))
+            await handle.signal(signal, args=list(args))
         except FailureError:
             workflow.logger.info("the parent is closed: the shipment settles the order by itself")
             return False
         return True
 
-    async def _refund(self) -> None:
+    async def _refund(self, close_as: Step, reason: str) -> None:
         await workflow.execute_activity_method(
             PaymentActivities.refund,
             RefundRequest(
                 order_id=self._shipping.order_id,
                 payment_id=self._shipping.payment_id,
                 money=self._shipping.money,
-                close_as=Step.SHIPPING_FAILED,
-                reason=self._failure,
+                close_as=close_as,
+                reason=reason,
             ),
             task_queue=self._shipping.order_task_queue,
             **policies.PAYMENT,
         )
-        self._step = Step.SHIPPING_FAILED
+        self._step = close_as
 
     # --- what reaches it from outside
 
     @workflow.signal
-    def cancel(self) -> None:
+    def cancel(self, *_: Any) -> None:
         """The order was cancelled: do not hand the parcel over, or get it back."""
         self._told_to_cancel = True
 
     @workflow.signal
-    def address(self, address: Address) -> None:
+    def address(self, address: Address | None = None) -> None:
         """The order has a new address, already written down; `dispatch` reads it there."""
         self._address = address
 

@@ -1,0 +1,95 @@
+"""`trellis reconcile`: settle what was left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app import db
+from app.cli import output
+from app.cli.client import AsJson, ExitCode
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.reconcile.models import ReconcileReport, ReconcileRequest
+
+
+def reconcile(
+    apply: Annotated[bool, typer.Option("--apply", help="Settle; without it, only say what would be done.")] = False,
+    grace: Annotated[
+        float,
+        typer.Option(help="Seconds an order must have been at its step and its workflow gone.", min=0),
+    ] = 120,
+    settle: Annotated[
+        float, typer.Option(help="Seconds after which the payment of a closed order is settled for good.", min=0)
+    ] = 600,
+    every: Annotated[
+        float | None, typer.Option(help="Keep a Temporal schedule that does this every so many seconds; 0 removes it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring orders whose workflow is gone to a correct end: refund, cancel, or shipped if the carrier has the parcel.
+
+    A dry run by default. An order with a running workflow is never touched. Every repair writes an event
+    `reconciled`; docs/reliability.md says what is done from which step.
+
+    Exit codes: 0 nothing is left to do; 1 something is (in a dry run: would be done); 2 wrong usage, or a Temporal
+    that knows no order; 4 PostgreSQL or Temporal did not answer.
+    """
+    from temporalio.service import RPCError
+
+    from app.errors import InvalidRequest
+    from app.reconcile.models import ReconcileRequest
+
+    request = ReconcileRequest(apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle)
+    try:
+        if every is not None:
+            asyncio.run(_schedule(Settings(), request, every))
+            raise typer.Exit(ExitCode.OK)
+        report = asyncio.run(_reconcile(Settings(), request))
+    except InvalidRequest as error:
+        typer.echo(f"trellis: {error}", err=True)
+        raise typer.Exit(ExitCode.USAGE) from None
+    except (RPCError, *db.UNAVAILABLE) as error:
+        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({type(error).__name__})", err=True)
+        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+    if as_json:
+        output.as_json(report.model_dump(mode="json"))
+    else:
+        _print(report, apply=apply)
+    raise typer.Exit(ExitCode.ENDED_OTHERWISE if report.left else ExitCode.OK)
+
+
+async def _reconcile(settings: Settings, request: ReconcileRequest) -> ReconcileReport:
+    from app.reconcile.worker import reconciler
+    from app.wiring import open_services
+
+    async with open_services(settings) as services:
+        return await reconciler(services, request).run()
+
+
+async def _schedule(settings: Settings, request: ReconcileRequest, every: float) -> None:
+    from app import temporal
+    from app.reconcile.schedule import drop_schedule, keep_schedule
+
+    client = await temporal.connect(settings)
+    if every:
+        await keep_schedule(client, settings.order_task_queue, timedelta(seconds=every), request)
+        output.remark(f"reconciling every {every:g} s")
+    else:
+        await drop_schedule(client)
+        output.remark("no longer reconciling by schedule")
+
+
+def _print(report: ReconcileReport, *, apply: bool) -> None:
+    if report.repairs:
+        rows = [
+            (repair.order_id, repair.found, repair.action, "done" if repair.done else repair.detail or "would be done")
+            for repair in report.repairs
+        ]
+        output.table(("ORDER", "FOUND", "ACTION", "OUTCOME"), rows)
+    summary = f"{report.looked_at} orders looked at, {report.settled} settled, {report.left} left"
+    output.remark(summary if apply else f"{summary} (a dry run: repeat with --apply)")

@@ -1,0 +1,70 @@
+"""The gauges that PostgreSQL knows: read every few seconds by one process of all, never by a scrape."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import asyncpg
+import structlog
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+
+from app.db import UNAVAILABLE
+from app.metrics import ORDER_GAUGES
+from app.steps import FINAL_STEPS, Step
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+#: Seconds between two readings.
+INTERVAL: Final = 5.0
+
+#: Whoever holds this lock reads for all; "trellis" cut to the 63 bits of an advisory lock.
+_READER_LOCK: Final = 0x7472656C6C6973
+
+_CLAIM: Final = "SELECT pg_try_advisory_lock($1)"
+
+# Both walk an index over what is still open, however many orders have ended.
+_OPEN: Final = "SELECT state, count(*) AS orders FROM orders WHERE state = ANY($1) GROUP BY state"
+_UNSETTLED: Final = "SELECT clock_timestamp() - min(created_at) AS age FROM payments WHERE status = 'INIT'"
+
+log = structlog.get_logger(__name__)
+
+
+async def keep_reading(settings: Settings) -> None:
+    """Read as long as it is not cancelled, on a connection of its own: the lock lives and dies with it, so that
+    another process takes over when this one is gone."""
+    with suppress_instrumentation():
+        while True:
+            try:
+                await _read_as_the_one(settings)
+            except (asyncpg.PostgresError, *UNAVAILABLE) as error:
+                log.warning("the gauges cannot be read", error_type=type(error).__name__)
+            await asyncio.sleep(INTERVAL)
+
+
+async def _read_as_the_one(settings: Settings) -> None:
+    timeout = settings.database_statement_timeout
+    connection = await asyncpg.connect(
+        settings.database_url.get_secret_value(),
+        timeout=timeout,
+        command_timeout=timeout,
+        server_settings={"application_name": "trellis-gauges"},
+    )
+    try:
+        while not await connection.fetchval(_CLAIM, _READER_LOCK):
+            ORDER_GAUGES.clear()
+            await asyncio.sleep(INTERVAL)
+        while True:
+            await read(connection)
+            await asyncio.sleep(INTERVAL)
+    finally:
+        connection.terminate()
+
+
+async def read(connection: asyncpg.Connection) -> None:
+    """Read once, and publish."""
+    still_open = [step for step in Step if step not in FINAL_STEPS]
+    rows = await connection.fetch(_OPEN, still_open)
+    age = await connection.fetchval(_UNSETTLED)
+    ORDER_GAUGES.set({row["state"]: row["orders"] for row in rows}, age.total_seconds() if age else 0.0)

@@ -1,0 +1,5 @@
+"""`python -m bench`: what telemetry costs."""
+
+from bench.telemetry import main
+
+main()

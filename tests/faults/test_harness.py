@@ -1,0 +1,102 @@
+"""The harness itself: what it breaks it breaks, and a seed draws the same run twice."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from pathlib import Path
+from random import Random
+
+import asyncpg
+import pytest
+
+from app.failpoints import NAMES, Action
+from tests.conftest import Servers
+from tests.faults import schedule
+from tests.faults.failpoint_plan import FailpointPlan
+from tests.faults.orders import LEADS_TO, STORIES
+from tests.faults.proxy import CommitSpotter, Proxy
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
+def test_commits_are_spotted_in_any_pieces(piece: int) -> None:
+    seen: list[int] = []
+    spotter = CommitSpotter(lambda: seen.append(1))
+    stream = b"".join(
+        [
+            _message(b"", struct.pack("!I", 80877103)),
+            _message(b"", struct.pack("!I", 196608) + b"user\0trellis\0\0"),
+            _message(b"Q", b"BEGIN;\0"),
+            _message(b"P", b"\0INSERT INTO events VALUES ('COMMIT is only a word here, far from the beginning')\0"),
+            _message(b"Q", b"COMMIT;\0"),
+        ]
+    )
+    for start in range(0, len(stream), piece):
+        spotter.feed(stream[start : start + piece])
+    assert len(seen) == 1
+
+
+async def test_the_commit_is_done_and_its_reply_is_lost(servers: Servers, empty_database_url: str) -> None:
+    port = int(empty_database_url.rsplit(":", 1)[1].split("/")[0])
+    proxy = Proxy("test", port, postgres=True)
+    async with proxy.listening():
+        connection = await asyncpg.connect(empty_database_url.replace(f":{port}/", f":{proxy.port}/"))
+        await connection.execute("CREATE TABLE told (what text)")
+        proxy.commits_to_lose = 1
+        with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):
+            async with connection.transaction():
+                await connection.execute("INSERT INTO told VALUES ('done')")
+        assert proxy.commits_lost == 1
+    direct = await asyncpg.connect(empty_database_url)
+    assert await direct.fetchval("SELECT what FROM told") == "done"
+    await direct.close()
+
+
+async def test_half_open_is_silence_and_not_an_end() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    proxy = Proxy("test", server.sockets[0].getsockname()[1])
+    async with proxy.listening():
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"a")
+        assert await reader.read(1) == b"a"
+        proxy.freeze()
+        writer.write(b"b")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.2)
+        proxy.heal()
+        assert await reader.read(1) == b""
+        writer.close()
+    server.close()
+
+
+def test_a_seed_draws_the_same_schedule_twice() -> None:
+    assert schedule.draw(Random("1"), 180, 8) == schedule.draw(Random("1"), 180, 8)
+    assert schedule.draw(Random("1"), 180, 8) != schedule.draw(Random("2"), 180, 8)
+
+
+def test_a_long_schedule_has_every_kind() -> None:
+    assert {fault.kind for fault in schedule.draw(Random("1"), 1800, 20)} == set(schedule.FAULTS)
+
+
+def test_a_process_gets_what_is_missing(tmp_path: Path) -> None:
+    plan = FailpointPlan(tmp_path / "hits", Random("1"))
+    assert len(plan.missing()) == len(NAMES) * len(Action)
+    assert "charge." not in plan.spec("shipping")
+    assert "recall." not in plan.spec("default")
+    everything = [f"0 1 {name} {action}\n" for name in NAMES for action in Action]
+    plan.log.write_text("".join(line for line in everything if "note.before_reply fail" not in line))
+    assert plan.spec("default") == "note.before_reply=fail:0.25:1"
+    assert "fail:0.0" in plan.spec("shipping")
+
+
+def test_every_failpoint_has_a_story_that_leads_to_it() -> None:
+    assert {name.split(".")[0] for name in NAMES} == set(LEADS_TO)
+    assert {story for stories in LEADS_TO.values() for story in stories} <= set(STORIES)
