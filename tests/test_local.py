@@ -340,6 +340,7 @@ def test_opening_the_way_lets_others_pass_and_no_more(tmp_path: Path) -> None:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
 async def test_run_until_terminated(tmp_path: Path) -> None:
     ports = {name: free_port() for name in ("port", "postgres-port", "temporal-port")}
     output = tmp_path / "output"
@@ -348,11 +349,11 @@ async def test_run_until_terminated(tmp_path: Path) -> None:
         process = launch(sys.executable, "-m", "app", "run", *arguments, stdout=log)
     try:
         curl = f"curl -X POST http://127.0.0.1:{ports['port']}/orders/o-1/signals/approve\n"
-        assert await until(lambda: curl in output.read_text(), 60), output.read_text()
+        assert await until(lambda: curl in output.read_text(), 180), output.read_text()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['port']}") as web:
             assert (await web.get("/readyz")).status_code == 200
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 40) == 0, output.read_text()
+        assert await asyncio.to_thread(process.wait, 60) == 0, output.read_text()
     finally:
         process.kill()
         process.wait()

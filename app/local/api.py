@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ import uvicorn
 
 from app.local.processes import POLL, LocalError
 
-REQUESTS_GRACE = 5
+REQUESTS_GRACE = 3
 """Seconds open requests are given at a stop; event streams never end by themselves."""
 
 
@@ -27,6 +29,11 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _not_cancelled(record: logging.LogRecord) -> bool:
+    """Whether a log record tells of something else than a request that was cut off by a stop."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class ApiServer:
@@ -46,31 +53,35 @@ class ApiServer:
             access_log=False,
             timeout_graceful_shutdown=REQUESTS_GRACE,
         )
-        self.url = _url(bound)
+        logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
+        self.url = local_url(*bound.getsockname()[:2])
         self._server = _Server(config)
         self._bound = bound
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, *, timeout: float = 60.0) -> None:
-        """Serve; returns when `/readyz` answers 200.
+    async def start(self, *more: str, timeout: float = 120.0) -> None:
+        """Serve; returns when `/readyz`, and every other URL in `more`, answers 200.
 
         Raises:
             AppFailed: it ended first, or is not ready after `timeout` seconds.
         """
         self._task = asyncio.create_task(self._serve())
+        waiting = [f"{self.url}/readyz", *more]
         answer = "nothing"
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False) as client:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    while not self._task.done():
-                        answer = await _ask(client)
+                    while waiting and not self._task.done():
+                        answer = await _ask(client, waiting[0])
                         if answer == "200":
-                            return
-                        await asyncio.sleep(POLL)
+                            waiting.pop(0)
+                        else:
+                            await asyncio.sleep(POLL)
         if self._task.done():
             await self._task
-        raise AppFailed(f"{self.url}/readyz still answers {answer} after {timeout:.0f} s; the log above says why")
+        if waiting:
+            raise AppFailed(f"{waiting[0]} answers {answer} after {timeout:.0f} s")
 
     async def wait(self) -> None:
         """Wait for its end, which should not come before `stop`.
@@ -113,17 +124,17 @@ class ApiServer:
             raise AppFailed("it ended by itself; the log above says why")
 
 
-async def _ask(client: httpx.AsyncClient) -> str:
-    """Status of `/readyz`, in words where there is none."""
+async def _ask(client: httpx.AsyncClient, url: str) -> str:
+    """`200`, or what came instead."""
     try:
-        return str((await client.get("/readyz", timeout=5)).status_code)
+        answer = await client.get(url, timeout=5)
     except httpx.HTTPError:
         return "nothing"
+    return "200" if answer.status_code == HTTPStatus.OK else f"{answer.status_code} {answer.text[:300]}"
 
 
-def _url(bound: socket.socket) -> str:
-    """Where a browser of this machine finds the socket."""
-    host, port = bound.getsockname()[:2]
+def local_url(host: str, port: int) -> str:
+    """Where a browser of this machine finds what is bound to `host`."""
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - recognised, not bound
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

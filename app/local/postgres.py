@@ -15,12 +15,14 @@ from app.local.privileges import Account, account_for, open_tree, open_way, owne
 from app.local.processes import (
     Launch,
     LocalError,
+    Report,
     ServerProcess,
     Stage,
     check_port,
     command_line,
     free_port,
     run_tool,
+    silent,
     stop_leftover,
 )
 
@@ -72,18 +74,14 @@ class LocalPostgres:
         port: 0 chooses a free one at the first start and keeps it.
         log: file to which the server's output is added.
         durable: False loses data when the machine (not the server) crashes, and is faster.
-        option: name of the command line option for the port, for messages.
+        report: is told what else had to be done.
     """
 
-    def __init__(
-        self, data: Path, port: int = 0, *, log: Path, durable: bool = True, option: str = "--postgres-port"
-    ) -> None:
+    def __init__(self, data: Path, port: int = 0, *, log: Path, durable: bool = True, report: Report = silent) -> None:
         self.data = data.resolve()
         self.port = port
         self.log = log
-        self.opened: list[Path] = []
-        """Directories that others may pass through since `start`, see `privileges.open_way`."""
-        self._option = option
+        self._report = report
         self._durable = durable
         self._bin = _programs()
         self._process: ServerProcess | None = None
@@ -113,7 +111,7 @@ class LocalPostgres:
         await self._stop_leftover()
         if self.port == 0:
             self.port = free_port()
-        check_port(self.port, NAME, self._option)
+        check_port(self.port, NAME, "--postgres-port")
 
     async def start(self) -> None:
         """Start the server, and make its files if there are none; returns when it answers queries.
@@ -217,7 +215,10 @@ class LocalPostgres:
         The wheel's own helper gives everybody the right to list all directories above; passing through is enough.
         """
         try:
-            self.opened += open_way(account, self._bin / "postgres") + open_way(account, self.data)
+            opened = open_way(account, self._bin / "postgres") + open_way(account, self.data)
+            if opened:
+                folders = ", ".join(map(str, opened))
+                self._report(f"{NAME} does not run as root: others may now pass through {folders}")
             if not readable(account, self._bin / "postgres"):
                 open_tree(account, self._bin.parent)
                 libraries = self._bin.parent.parent.with_suffix(".libs")
@@ -279,10 +280,10 @@ class LocalPostgres:
         pid = _postmaster(self.data)
         if pid is not None:
             stages: list[Stage] = [(signal.SIGINT, 30.0), (signal.SIGQUIT, 10.0)]
-            await stop_leftover(f"{NAME} of an earlier run", pid, self._is_ours, stages)
+            await stop_leftover(NAME, pid, self._is_ours, stages, self._report)
         for backend in filter(self._is_ours, _processes()):
             # A postmaster that was killed cannot wait for its processes; they notice, but not at once.
-            await stop_leftover(f"{NAME} of an earlier run", backend, self._is_ours, [(signal.SIGQUIT, 10.0)])
+            await stop_leftover(NAME, backend, self._is_ours, [(signal.SIGQUIT, 10.0)], silent)
         if pid is not None and _is_foreign(pid, self.data):
             # The number belongs to another program by now. The server would take that for a running postmaster.
             (self.data / "postmaster.pid").unlink(missing_ok=True)

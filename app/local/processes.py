@@ -68,6 +68,13 @@ Stage = tuple[signal.Signals, float]
 
 Probe = Callable[[], Awaitable[bool]]
 
+Report = Callable[[str], None]
+"""Is told what happens, one line at a time."""
+
+
+def silent(_: str) -> None:
+    """The `Report` that nobody reads."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -139,7 +146,7 @@ class ServerProcess:
         except (OSError, subprocess.SubprocessError) as error:
             raise LocalError(f"{self.name} cannot be started: {error}") from error
 
-    async def ready(self, probe: Probe, *, timeout: float = 60.0) -> None:
+    async def ready(self, probe: Probe, *, timeout: float = 120.0) -> None:
         """Return when `probe` says yes. If it raises, stopping is left to the caller.
 
         Raises:
@@ -268,7 +275,9 @@ def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
 # --- processes of an earlier run -----------------------------------------------------------------------------
 
 
-async def stop_leftover(name: str, pid: int, is_ours: Callable[[int], bool], stages: Iterable[Stage]) -> None:
+async def stop_leftover(
+    name: str, pid: int, is_ours: Callable[[int], bool], stages: Iterable[Stage], report: Report
+) -> None:
     """Stop a process that an earlier, killed run left behind.
 
     `is_ours` is asked again before every signal: the number may meanwhile belong to somebody else.
@@ -276,6 +285,8 @@ async def stop_leftover(name: str, pid: int, is_ours: Callable[[int], bool], sta
     Raises:
         CannotStop: it is not ours to stop, or it does not go.
     """
+    if is_ours(pid):
+        report(f"Stopping {name} of an earlier run, process {pid} …")
     for number, grace in stages:
         if not is_ours(pid):
             return

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, NoReturn, Self
 
 from app.local.postgres import USER, DataUnusable, LocalPostgres
-from app.local.processes import POLL, LocalError
+from app.local.processes import POLL, LocalError, Report, silent
 from app.local.temporal import LocalTemporal
 
 
@@ -46,12 +46,12 @@ class LocalStack:
         dynamic_config: Mapping[str, object] | None = None,
         database: str = USER,
         durable: bool = True,
-        report: Callable[[str], None] = lambda _: None,
+        report: Report = silent,
     ) -> None:
         self._temporary = Path(tempfile.mkdtemp(prefix="trellis-")) if data is None else None
         self.data = (data or self._temporary or Path()).resolve()
         self.postgres = LocalPostgres(
-            self.data / "postgres", postgres_port, log=self.data / "postgres.log", durable=durable
+            self.data / "postgres", postgres_port, log=self.data / "postgres.log", durable=durable, report=report
         )
         self.temporal = LocalTemporal(
             self.data,
@@ -61,6 +61,7 @@ class LocalStack:
             namespaces=namespaces,
             dynamic_config=dynamic_config,
             durable=durable,
+            report=report,
         )
         self._database = database
         self._report = report
@@ -129,8 +130,6 @@ class LocalStack:
 
     async def _start_postgres(self) -> None:
         await self._timed("PostgreSQL", self.postgres.start)
-        for folder in self.postgres.opened:
-            self._report(f"(PostgreSQL does not run as root: others may now pass through {folder})")
         await self.postgres.ensure_database(self._database)
 
     async def stop(self) -> None:

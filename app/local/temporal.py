@@ -15,11 +15,13 @@ from pathlib import Path
 from app.local.processes import (
     Launch,
     LocalError,
+    Report,
     ServerProcess,
     Stage,
     check_port,
     command_line,
     free_port,
+    silent,
     stop_leftover,
 )
 
@@ -45,6 +47,7 @@ class LocalTemporal:
         dynamic_config: server settings, such as `{"limit.maxIDLength": 255}`.
         log: file to which the server's output is added.
         durable: False loses data when the machine (not the server) crashes, and is faster.
+        report: is told what else had to be done.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class LocalTemporal:
         namespaces: Sequence[str] = (),
         dynamic_config: Mapping[str, object] | None = None,
         durable: bool = True,
+        report: Report = silent,
     ) -> None:
         self.data = data.resolve() if data is not None else None
         self.port = port
@@ -67,6 +71,7 @@ class LocalTemporal:
         self._namespaces = list(dict.fromkeys(["default", *namespaces]))
         self._dynamic_config = dict(dynamic_config or {})
         self._durable = durable
+        self._report = report
         self._program = _program()
         self._process: ServerProcess | None = None
 
@@ -100,7 +105,7 @@ class LocalTemporal:
         if self.ui_port is not None:
             self.ui_port = self.ui_port or free_port()
             check_port(self.ui_port, "the Temporal UI", "--ui-port, or --no-ui")
-        check_port(self.metrics_port, "Temporal's metrics", "another run")
+        check_port(self.metrics_port, "Temporal's metrics", "metrics_port")
 
     async def start(self) -> None:
         """Start the server; returns when every namespace answers.
@@ -197,7 +202,7 @@ class LocalTemporal:
         except (OSError, ValueError):
             return
         if pid is not None:
-            await stop_leftover(f"{NAME} of an earlier run", pid, self._is_ours, _STOP)
+            await stop_leftover(NAME, pid, self._is_ours, _STOP, self._report)
 
     def _is_ours(self, pid: int) -> bool:
         args = command_line(pid)
