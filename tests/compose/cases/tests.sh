@@ -1,0 +1,12 @@
+# shellcheck shell=bash
+# The test suite in the container, against the running servers, whose own data it leaves as they are.
+
+state() {
+  sql 'SELECT count(*), max(id) FROM events'
+  sql 'SELECT count(*) FROM orders'
+  sql "SELECT string_agg(datname, ' ' ORDER BY datname) FROM pg_database"
+}
+before=$(state)
+# The exact line of the contract; -T because there may be no terminal here.
+compose exec -T trellis_app pytest -q || fail "pytest in the container"
+equal "$(state)" "$before" "events, orders and databases after the tests"
