@@ -1,0 +1,229 @@
+"""Record the histories that `tests/test_replay.py` replays: `python -m tests.record_histories [scenario …]`.
+
+Run it for a scenario that is new, and for all of them only when no order of an earlier release is on its way any
+more: recordings of what earlier releases did are what makes the test worth something. It starts its own PostgreSQL
+and Temporal, and writes `tests/histories/<scenario>.<order|shipping>.json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import WorkflowHandle
+from temporalio.service import RPCError, RPCStatusCode
+
+from app import db
+from app.local.stack import LocalStack
+from app.order.models import Review, Verdict
+from app.settings import Settings
+from app.steps import Step
+from tests.shop import HOME, OFFICE, Order, Shop, open_shop, until
+
+FOLDER = Path(__file__).parent / "histories"
+
+Scenario = Callable[[Shop], Awaitable[Order]]
+
+
+async def shipped(shop: Shop) -> Order:
+    """The whole life; the second approval is ignored."""
+    order = await shop.order()
+    await order.reaches(Step.AWAITING_REVIEW)
+    await order.approve()
+    await order.approve()
+    return order
+
+
+async def approved_early(shop: Shop) -> Order:
+    """Everything there before the first task: approval, address, and no worker."""
+    async with shop.closed():
+        order = await shop.approved()
+        await order.send_to(OFFICE)
+    return order
+
+
+async def expired(shop: Shop) -> Order:
+    """Nobody decides."""
+    return await shop.order(review=1)
+
+
+async def approved_with_the_timer(shop: Shop) -> Order:
+    """Timer and approval in one task."""
+    order = await shop.order(review=1)
+    await order.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
+    async with shop.closed():
+        await order.recorded(EventType.EVENT_TYPE_TIMER_FIRED)
+        await order.approve()
+    return order
+
+
+async def rejected(shop: Shop) -> Order:
+    """By the clerk, as an update, after one that was refused."""
+    order = await shop.order()
+    await order.workflow.signal("address", "nowhere")
+    await shop.service.review(order.id, Review(decision=Verdict.REJECT, note="known fraud"))
+    return order
+
+
+async def cancelled_in_review(shop: Shop) -> Order:
+    """Nothing was charged."""
+    order = await shop.order()
+    await order.reaches(Step.AWAITING_REVIEW)
+    await order.cancel()
+    return order
+
+
+async def cancelled_during_charge(shop: Shop) -> Order:
+    """The charge succeeds after a second, and is refunded."""
+    order = await shop.approved("pay-slow")
+    await order.reaches(Step.CHARGING)
+    await order.cancel()
+    return order
+
+
+async def cancelled_during_handover(shop: Shop) -> Order:
+    """As an update, while no carrier answers: recalled and refunded."""
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await shop.service.cancel_now(order.id)
+    return order
+
+
+async def cancelled_too_late(shop: Shop) -> Order:
+    """The carrier has the parcel and has not answered yet."""
+    order = await shop.approved(address=_to("00003"))
+    await until(lambda: shop.ledger.find_parcel(order.id), "the parcel")
+    await order.cancel()
+    return order
+
+
+async def cancelled_in_temporal(shop: Shop) -> Order:
+    """The workflow itself is cancelled, during the charge."""
+    order = await shop.approved("pay-slow")
+    await order.reaches(Step.CHARGING)
+    await order.workflow.cancel()
+    return order
+
+
+async def payment_failed(shop: Shop) -> Order:
+    """Declined."""
+    return await shop.approved("pay-decline")
+
+
+async def payment_retried(shop: Shop) -> Order:
+    """The reply to the charge is lost; the second attempt learns of it."""
+    return await shop.approved("pay-lost")
+
+
+async def shipping_failed(shop: Shop) -> Order:
+    """No carrier takes it."""
+    return await shop.approved(address=_to("00002"))
+
+
+async def taken_unnoticed(shop: Shop) -> Order:
+    """The carrier takes it, and no reply ever arrives: found out by the recall."""
+    return await shop.approved(address=_to("00006"))
+
+
+async def shipment_terminated(shop: Shop) -> Order:
+    """By an operator: its parent asks for the parcel and refunds."""
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await order.shipment.terminate()
+    return order
+
+
+async def address_changed(shop: Shop) -> Order:
+    """In review, by signal and by update; and while the shipment runs, which is told."""
+    order = await shop.order()
+    await order.send_to(OFFICE)
+    await shop.service.change_address(order.id, _to("62702"))
+    orders, shipments = shop.parts()
+    await order.tells("address_changed", 2)
+    await shop.close()
+    await shop.open(parts=[orders])
+    await order.approve()
+    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+    await order.send_to(_to("62703"))
+    await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
+    await shop.open(parts=[shipments])
+    return order
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.__name__: scenario
+    for scenario in (
+        shipped,
+        approved_early,
+        expired,
+        approved_with_the_timer,
+        rejected,
+        cancelled_in_review,
+        cancelled_during_charge,
+        cancelled_during_handover,
+        cancelled_too_late,
+        cancelled_in_temporal,
+        payment_failed,
+        payment_retried,
+        shipping_failed,
+        taken_unnoticed,
+        shipment_terminated,
+        address_changed,
+    )
+}
+
+
+def _to(zip_code: str) -> Any:
+    return HOME.model_copy(update={"zip": zip_code})
+
+
+async def record(shop: Shop, name: str) -> None:
+    """Live through one scenario and write down what Temporal recorded."""
+    order = await SCENARIOS[name](shop)
+    print(f"{name}: {await order.ends()}")  # noqa: T201 - a script's report
+    for part, workflow in (("order", order.workflow), ("shipping", order.shipment)):
+        history = await _history(workflow)
+        if history is not None:
+            text = json.dumps(_without_traces_of_us(history), indent=1, ensure_ascii=False) + "\n"
+            (FOLDER / f"{name}.{part}.json").write_text(text)
+
+
+async def _history(workflow: WorkflowHandle[Any, Any]) -> dict[str, Any] | None:
+    try:
+        history: dict[str, Any] = json.loads((await workflow.fetch_history()).to_json())
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return None
+        raise
+    return history
+
+
+def _without_traces_of_us(value: Any) -> Any:
+    """The history without the names of the recording machine, its processes and its folders."""
+    if isinstance(value, dict):
+        return {
+            key: "recorder" if key == "identity" else "" if key == "stackTrace" else _without_traces_of_us(inner)
+            for key, inner in value.items()
+        }
+    return [_without_traces_of_us(inner) for inner in value] if isinstance(value, list) else value
+
+
+async def main(names: list[str]) -> None:
+    """Record these scenarios, or all of them."""
+    FOLDER.mkdir(exist_ok=True)
+    async with LocalStack(durable=False) as stack:
+        await asyncio.to_thread(db.migrate, stack.database_url)
+        settings = Settings(database_url=stack.database_url, temporal_address=stack.temporal_address, metrics_port=0)
+        async with open_shop(settings.model_copy(update={"dispatch_attempts": 2})) as shop:
+            for name in names or SCENARIOS:
+                await record(shop, name)
+            await shop.audit()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,309 @@
+"""The shipment as a child of the order: where it runs, what it is told, and that it outlives its parent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from temporalio.api.enums.v1 import EventType, ParentClosePolicy, WorkflowIdReusePolicy
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.common import WorkflowIDReusePolicy
+from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.service import RPCError
+
+from app.order.models import ORDER_TASK_QUEUE, OrderInput, StartOrder, order_workflow_id
+from app.order.worker import order_worker
+from app.settings import Settings
+from app.shipping.models import (
+    SHIPPING_TASK_QUEUE,
+    ShippingInput,
+    ShippingOutcome,
+    ShippingResult,
+    shipping_workflow_id,
+)
+from app.shipping.worker import shipping_worker
+from app.shipping.workflows import ShippingWorkflow
+from app.steps import Step
+from tests.shop import HOME, OFFICE, Order, Shop, fresh_settings, open_shop, until
+
+RUNNING, FAILED, COMPLETED = (
+    WorkflowExecutionStatus.RUNNING,
+    WorkflowExecutionStatus.FAILED,
+    WorkflowExecutionStatus.COMPLETED,
+)
+PREPARED = ["received", "awaiting_review", "charging", "charged", "prepared"]
+
+
+@pytest.fixture(scope="module")
+async def shop(servers: Any, template: str) -> AsyncIterator[Shop]:
+    """One shop for the module; at its end the tables and the partners must agree about every order."""
+    async with fresh_settings(servers, template) as settings, open_shop(settings) as opened:
+        yield opened
+        await opened.audit()
+
+
+# --- names that others rely on
+
+
+def test_queues_and_workflow_ids_are_the_published_ones() -> None:
+    assert (ORDER_TASK_QUEUE, SHIPPING_TASK_QUEUE) == ("default", "shipping-tq")
+    assert order_workflow_id("o-1") == "order/o-1"
+    assert shipping_workflow_id("o-1") == "shipping/o-1"
+    by_default = Settings.model_construct()
+    assert (by_default.order_task_queue, by_default.shipping_task_queue) == ("default", "shipping-tq")
+    order = OrderInput(order_id="o-1", request=StartOrder(payment_id="pay-1"))
+    assert (order.order_task_queue, order.shipping_task_queue) == ("default", "shipping-tq")
+
+
+def test_each_queue_serves_its_own(shop: Shop) -> None:
+    orders, shipments = order_worker(shop.services), shipping_worker(shop.services)
+    assert _names(orders.activities) >= {"receive", "validate", "charge"}
+    assert _names(shipments.activities) == {"prepare", "dispatch", "recall"}
+    assert "OrderWorkflow" in _names(orders.workflows)
+    assert _names(shipments.workflows) == {"ShippingWorkflow"}
+
+
+def _names(parts: Any) -> set[str]:
+    return {part.__name__ for part in parts}
+
+
+# --- a child that is abandoned, not stopped
+
+
+async def test_the_shipment_is_an_abandoned_child_on_its_own_queue(shop: Shop) -> None:
+    order = await shop.approved()
+    assert await order.ends() is Step.SHIPPED
+    (initiated,) = await order.recorded(EventType.EVENT_TYPE_START_CHILD_WORKFLOW_EXECUTION_INITIATED)
+    asked = initiated.start_child_workflow_execution_initiated_event_attributes
+    assert asked.workflow_id == f"shipping/{order.id}"
+    assert asked.workflow_type.name == "ShippingWorkflow"
+    assert asked.parent_close_policy == ParentClosePolicy.PARENT_CLOSE_POLICY_ABANDON
+    assert asked.workflow_id_reuse_policy == WorkflowIdReusePolicy.WORKFLOW_ID_REUSE_POLICY_REJECT_DUPLICATE
+    assert asked.task_queue.name == shop.settings.shipping_task_queue
+    shipment = await order.shipment.describe()
+    assert shipment.parent_id == order.workflow.id
+    assert shipment.task_queue == shop.settings.shipping_task_queue
+    assert shipment.status is COMPLETED
+    assert await _activities(order.shipment) == ["prepare", "dispatch"]
+
+
+async def test_the_shipment_has_really_started_before_its_parent_could_close(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00005"))
+    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+    await order.workflow.terminate("as an operator would")
+    assert (await order.shipment.describe()).status is RUNNING
+    await _end_of(order.shipment)
+
+
+async def test_a_shipment_whose_parent_was_terminated_ships(shop: Shop) -> None:
+    order = await _without_parent(shop)
+    result = await order.shipment.result()
+    assert result["outcome"] == ShippingOutcome.SHIPPED
+    assert await order.status() == (Step.SHIPPED, None)
+    assert await order.path() == [*PREPARED, "shipped"]
+
+
+async def test_a_refused_shipment_whose_parent_was_terminated_refunds_by_itself(shop: Shop) -> None:
+    order = await _without_parent(shop, address=_to("00002"))
+    failure = await _end_of(order.shipment)
+    assert "undeliverable" in failure.message
+    step, error = await order.status()
+    assert step is Step.SHIPPING_FAILED
+    assert "undeliverable" in (error or "")
+    assert await _payment_status(order) == "REFUNDED"
+    assert len(await shop.ledger.refunds_of(order.payment_id)) == 1
+
+
+async def test_a_recalled_shipment_whose_parent_was_terminated_refunds_by_itself(shop: Shop) -> None:
+    order = await _without_parent(shop, address=_to("00005"), cancel=True)
+    result = await order.shipment.result()
+    assert result["outcome"] == ShippingOutcome.RECALLED
+    assert (await order.status())[0] is Step.CANCELLED
+    assert await _payment_status(order) == "REFUNDED"
+
+
+async def _without_parent(shop: Shop, *, address: Any = HOME, cancel: bool = False) -> Order:
+    """An order whose workflow is terminated before its shipment has done anything."""
+    orders, shipments = shop.parts()
+    await shop.close()
+    await shop.open(parts=[orders])
+    order = await shop.approved(address=address)
+    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+    if cancel:
+        await order.cancel()
+        await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
+    await order.workflow.terminate("as an operator would")
+    assert (await order.status())[0] is Step.CHARGED
+    await shop.open(parts=[shipments])
+    return order
+
+
+# --- a child that is lost
+
+
+async def test_an_order_whose_shipment_was_terminated_asks_for_the_parcel_and_refunds(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await order.shipment.terminate("as an operator would")
+    assert await order.ends() is Step.SHIPPING_FAILED
+    assert (await order.activities())[-2:] == ["recall", "refund"]
+    assert [event.type for event in await order.events("recalled", "refunded")] == ["recalled", "refunded"]
+    assert "ended without a result" in ((await order.status())[1] or "")
+
+
+async def test_an_order_whose_shipment_was_terminated_before_it_began_is_refunded(shop: Shop) -> None:
+    orders, shipments = shop.parts()
+    await shop.close()
+    await shop.open(parts=[orders])
+    order = await shop.approved()
+    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+    await order.shipment.terminate("as an operator would")
+    await shop.open(parts=[shipments])
+    assert await order.ends() is Step.SHIPPING_FAILED
+    assert await order.path() == [*PREPARED[:4], "shipping_failed"]
+
+
+async def test_an_order_whose_shipment_was_terminated_too_late_is_shipped(shop: Shop) -> None:
+    # The carrier takes the parcel at once, and answers a second later.
+    order = await shop.approved(address=_to("00003"))
+    await until(lambda: shop.ledger.find_parcel(order.id), "the parcel")
+    await order.shipment.terminate("as an operator would")
+    assert await order.ends() is Step.SHIPPED
+    assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+async def test_an_order_whose_shipment_was_cancelled_in_temporal_is_refunded(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await order.shipment.cancel()
+    assert await order.ends() is Step.SHIPPING_FAILED
+    assert await _payment_status(order) == "REFUNDED"
+
+
+# --- what they tell each other
+
+
+async def test_a_shipment_that_gives_up_tells_its_parent_and_fails(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00002"))
+    assert await order.ends() is Step.SHIPPING_FAILED
+    failure = await _end_of(order.shipment)
+    assert failure.type == "DispatchFailed"
+    assert (await order.shipment.describe()).status is FAILED
+    assert await _signals(order.workflow) == ["approve", "dispatch_failed"]
+    # The child has asked the carrier; its parent believes it, and only refunds.
+    assert await order.activities() == ["receive", "validate", "charge", "refund"]
+
+
+async def test_a_cancelled_order_tells_its_shipment(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await order.cancel()
+    assert await order.ends() is Step.CANCELLED
+    assert await _signals(order.shipment) == ["cancel"]
+    assert await _activities(order.shipment) == ["prepare", "dispatch", "recall"]
+    assert (await order.shipment.describe()).status is COMPLETED
+
+
+async def test_a_new_address_is_passed_on_to_the_running_shipment(shop: Shop) -> None:
+    orders, shipments = shop.parts()
+    await shop.close()
+    await shop.open(parts=[orders])
+    order = await shop.approved()
+    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+    await order.send_to(OFFICE)
+    await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
+    await shop.open(parts=[shipments])
+    assert await order.ends() is Step.SHIPPED
+    assert await _signals(order.shipment) == ["address"]
+    found = await shop.ledger.find_parcel(order.id)
+    assert found is not None
+    assert OFFICE.line1 in (found[1] or "")
+
+
+async def test_a_foreign_client_cannot_break_a_shipment(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00005"))
+    await order.tells("attempt_failed")
+    await order.shipment.signal("address")
+    await order.shipment.signal("address", "nowhere")
+    await order.shipment.signal("cancel", args=["please", "now"])
+    result = await order.shipment.result()
+    assert result["outcome"] == ShippingOutcome.RECALLED
+    assert await order.ends() is Step.CANCELLED
+
+
+async def test_the_shipment_answers_where_the_parcel_is(shop: Shop) -> None:
+    order = await shop.approved(address=_to("00003"))
+
+    async def asked() -> bool:
+        with contextlib.suppress(RPCError):
+            return await order.shipment.query(ShippingWorkflow.status) == Step.PREPARED
+        return False
+
+    await until(asked, "the shipment to be prepared")
+    await order.ends()
+    assert await order.shipment.query(ShippingWorkflow.status) == Step.SHIPPED
+
+
+async def test_a_shipment_started_again_by_hand_ships_nothing_twice(shop: Shop) -> None:
+    order = await shop.approved()
+    await order.ends()
+    parcel = await shop.ledger.find_parcel(order.id)
+    assert parcel is not None
+    again = ShippingInput(order_id=order.id, payment_id=order.payment_id, money=StartOrder(payment_id="x").total)
+    queue = shop.settings.shipping_task_queue
+    with pytest.raises(WorkflowAlreadyStartedError):
+        await shop.client.start_workflow(
+            ShippingWorkflow.run,
+            again,
+            id=order.shipment.id,
+            task_queue=queue,
+            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+        )
+    # Under another id Temporal lets it; the tables know the parcel.
+    result = await shop.client.execute_workflow(
+        ShippingWorkflow.run, again, id=f"{order.shipment.id}-again", task_queue=queue
+    )
+    assert result == ShippingResult(outcome=ShippingOutcome.SHIPPED, tracking=parcel[0].tracking)
+    assert await order.path() == [*PREPARED, "shipped"]
+
+
+# --- reading Temporal
+
+
+def _to(zip_code: str) -> Any:
+    return HOME.model_copy(update={"zip": zip_code})
+
+
+async def _end_of(shipment: WorkflowHandle[Any, Any]) -> ApplicationError:
+    with pytest.raises(WorkflowFailureError) as caught:
+        await shipment.result()
+    assert isinstance(caught.value.cause, ApplicationError)
+    return caught.value.cause
+
+
+async def _history(workflow: WorkflowHandle[Any, Any]) -> list[HistoryEvent]:
+    return [event async for event in workflow.fetch_history_events()]
+
+
+async def _activities(workflow: WorkflowHandle[Any, Any]) -> list[str]:
+    return [
+        event.activity_task_scheduled_event_attributes.activity_type.name
+        for event in await _history(workflow)
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
+    ]
+
+
+async def _signals(workflow: WorkflowHandle[Any, Any]) -> list[str]:
+    return [
+        event.workflow_execution_signaled_event_attributes.signal_name
+        for event in await _history(workflow)
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
+    ]
+
+
+async def _payment_status(order: Order) -> str:
+    status: str = await order.shop.pool.fetchval("SELECT status FROM payments WHERE order_id = $1", order.id)
+    return status
