@@ -97,10 +97,12 @@ async def _turn(folder: Path, env: dict[str, str], orders: int, *, telemetry: bo
     command = [sys.executable, "-m", "bench.product", str(port), "on" if telemetry else "off"]
     with (folder / "log").open("ab") as log:
         product = await asyncio.create_subprocess_exec(*command, env=env, stdout=log, stderr=log)
-    pool = await asyncpg.create_pool(env["TRELLIS_DATABASE_URL"], min_size=1, max_size=1)
     scraping = asyncio.create_task(_scrape(env.get("TRELLIS_METRICS_PORT")))
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
+        async with (
+            asyncpg.create_pool(env["TRELLIS_DATABASE_URL"], min_size=1, max_size=1) as pool,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as api,
+        ):
             await _until_ready(api)
             await _batch(api, pool, WARM_UP)
             cpu, began = _cpu_seconds(product.pid), time.monotonic()
@@ -110,7 +112,6 @@ async def _turn(folder: Path, env: dict[str, str], orders: int, *, telemetry: bo
         scraping.cancel()
         product.terminate()
         await product.wait()
-        await pool.close()
     return Result(telemetry, orders / seconds, cpu * 1000 / orders)
 
 

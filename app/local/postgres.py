@@ -212,7 +212,7 @@ class LocalPostgres:
     def _open_files(self, account: Account) -> None:
         """Let the account, which is not us, reach its programs and its data.
 
-        The wheel's own helper gives everybody the right to list all directories above; passing through is enough.
+        The wheel's own function gives everybody the right to list all directories above; passing through is enough.
         """
         try:
             opened = open_way(account, self._bin / "postgres") + open_way(account, self.data)

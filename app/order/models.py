@@ -37,6 +37,7 @@ DEMO_PRICE: Final = Decimal("50.00")
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
 
+
 def _not_a_path_step(order_id: str) -> str:
     if order_id in {".", ".."}:
         raise ValueError("'.' and '..' would be taken for steps of a path")
@@ -313,9 +314,7 @@ class OrderView(OrderSummary):
     review_deadline: datetime | None
     tracking: str | None
     payment: PaymentView | None
-    trace_id: str | None = Field(
-        None, description="The trace that shows all of the order; null if it was not traced."
-    )
+    trace_id: str | None = Field(None, description="The trace that shows all of the order; null if it was not traced.")
 
 
 class OrderPage(BaseModel):
