@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -28,15 +29,20 @@ log = structlog.get_logger(__name__)
 
 
 def create(settings: Settings) -> FastAPI:
-    """The API with both workers in its lifespan. It serves at once; the workers start when their servers are there."""
-    return create_app(settings, beside=_workers)
+    """The API with both workers in its lifespan. It serves at once; the workers start when their servers are there.
+
+    `app.state.workers_failed` tells whoever runs it whether the end was a failure.
+    """
+    app = create_app(settings, beside=lambda services: _workers(app, services))
+    app.state.workers_failed = False
+    return app
 
 
 @asynccontextmanager
-async def _workers(services: Services) -> AsyncIterator[None]:
+async def _workers(app: FastAPI, services: Services) -> AsyncIterator[None]:
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
-    running.add_done_callback(_end_the_process_on_failure)
+    running.add_done_callback(partial(_end_the_process_on_failure, app))
     try:
         yield
     finally:
@@ -45,11 +51,12 @@ async def _workers(services: Services) -> AsyncIterator[None]:
         await asyncio.gather(running, return_exceptions=True)
 
 
-def _end_the_process_on_failure(running: asyncio.Task[None]) -> None:
+def _end_the_process_on_failure(app: FastAPI, running: asyncio.Task[None]) -> None:
     # An API that accepts orders which nobody works on looks healthy and is not: whoever supervises the process
     # restarts it.
     if not running.cancelled() and running.exception():
         log.critical("the workers failed, the process ends", exc_info=running.exception())
+        app.state.workers_failed = True
         signal.raise_signal(signal.SIGTERM)
 
 

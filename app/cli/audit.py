@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app import db
 from app.cli import output
 from app.cli.client import AsJson, ExitCode
-from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.audit.auditor import Options, Sources
     from app.audit.models import Report
     from app.audit.partners import LedgerBooks
+    from app.settings import Settings
     from app.wiring import Services
 
 
@@ -58,7 +57,9 @@ def audit(
     Exit codes: 0 everything was looked at and is right; 1 violations; 2 wrong usage; 4 incomplete: something did not
     answer, and nothing wrong was found in the rest.
     """
+    from app import db
     from app.audit.auditor import Options
+    from app.settings import load
 
     if kinds:
         _print_kinds()
@@ -66,7 +67,7 @@ def audit(
     began = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     options = Options(since=began, page=page, settle_seconds=settle)
     try:
-        report = asyncio.run(_audit(Settings(), partners, temporal, options))
+        report = asyncio.run(_audit(load(), partners, temporal, options))
     except db.UNAVAILABLE as error:
         typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None

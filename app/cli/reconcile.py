@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app import db
 from app.cli import output
 from app.cli.client import AsJson, ExitCode
-from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.reconcile.models import ReconcileReport, ReconcileRequest
+    from app.settings import Settings
 
 
 def reconcile(
@@ -41,15 +40,17 @@ def reconcile(
     """
     from temporalio.service import RPCError
 
+    from app import db
     from app.errors import InvalidRequest
     from app.reconcile.models import ReconcileRequest
+    from app.settings import load
 
     request = ReconcileRequest(apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle)
     try:
         if every is not None:
-            asyncio.run(_schedule(Settings(), request, every))
+            asyncio.run(_schedule(load(), request, every))
             raise typer.Exit(ExitCode.OK)
-        report = asyncio.run(_reconcile(Settings(), request))
+        report = asyncio.run(_reconcile(load(), request))
     except InvalidRequest as error:
         typer.echo(f"trellis: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from None

@@ -180,7 +180,8 @@ class _Run:
         configure_logging(settings)
         if self._options.trace is not None:
             _write_traces(self._options.trace)
-        api = ApiServer(create(settings), bound)
+        application = create(settings)
+        api = ApiServer(application, bound)
         self._signals.when_forced(api.hurry)
         drain = settings.graceful_shutdown_timeout + DRAIN_MARGIN
         metrics = local_url(settings.metrics_host, settings.metrics_port)
@@ -197,6 +198,8 @@ class _Run:
         finally:
             self._say("Stopping the API and the workers …")
             drained = await api.stop(drain)
+        if application.state.workers_failed:
+            return 1
         return 0 if drained else FORCED
 
     async def _timed(self, name: str, work: Coroutine[Any, Any, None], stack: LocalStack) -> None:

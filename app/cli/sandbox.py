@@ -7,12 +7,6 @@ import logging
 from typing import Annotated
 
 import typer
-import uvicorn
-
-from app.sandbox.app import create_sandbox
-from app.sandbox.ledger import Ledger
-from app.sandbox.wire import ReplyLost
-from app.settings import Settings
 
 
 def sandbox(
@@ -28,11 +22,18 @@ def sandbox(
     ] = None,
 ) -> None:
     """Serve the sandbox payment provider (/payments) and carrier (/carrier)."""
-    url = database_url or Settings().database_url.get_secret_value()
+    from app.settings import load
+
+    url = database_url or load().database_url.get_secret_value()
     asyncio.run(_serve(host, port, url))
 
 
 async def _serve(host: str, port: int, database_url: str) -> None:
+    import uvicorn
+
+    from app.sandbox.app import create_sandbox
+    from app.sandbox.ledger import Ledger
+
     # The ledger opens at the first request, so that this may start before its database does.
     async with Ledger(database_url) as ledger:
         # Without an access log: it would say nothing that the ledger does not say better.
@@ -44,4 +45,6 @@ async def _serve(host: str, port: int, database_url: str) -> None:
 
 def _lost_on_purpose(record: logging.LogRecord) -> bool:
     """Keeps replies that were meant to be lost out of the log, where each would be a stack of forty lines."""
+    from app.sandbox.wire import ReplyLost
+
     return not (record.exc_info and isinstance(record.exc_info[1], ReplyLost))

@@ -53,7 +53,12 @@ def run_all(
     version = asyncio.run(_reach_database(settings, wait=True))
     if version is None or version < db.SCHEMA_VERSION:
         db.migrate(settings.database_url.get_secret_value())
-    serve(create(settings), host or settings.api_host, port or settings.api_port)
+    application = create(settings)
+    try:
+        serve(application, host or settings.api_host, port or settings.api_port)
+    finally:
+        if application.state.workers_failed:
+            sys.exit(1)
 
 
 def _settings() -> Settings:
