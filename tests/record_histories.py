@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from app.local.stack import LocalStack
 from app.order.models import Review, Verdict
 from app.settings import Settings
 from app.steps import Step
-from tests.shop import HOME, OFFICE, Order, Shop, open_shop, until
+from tests.shop import OFFICE, REFUSED, UNANSWERED, UNHEARD, Order, Shop, at_zip, open_shop
 
 FOLDER = Path(__file__).parent / "histories"
 
@@ -54,7 +55,7 @@ async def expired(shop: Shop) -> Order:
 
 async def approved_with_the_timer(shop: Shop) -> Order:
     """Timer and approval in one task."""
-    order = await shop.order(review=1)
+    order = await shop.order(review=3)
     await order.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
     async with shop.closed():
         await order.recorded(EventType.EVENT_TYPE_TIMER_FIRED)
@@ -79,16 +80,18 @@ async def cancelled_in_review(shop: Shop) -> Order:
 
 
 async def cancelled_during_charge(shop: Shop) -> Order:
-    """The charge succeeds after a second, and is refunded."""
-    order = await shop.approved("pay-slow")
-    await order.reaches(Step.CHARGING)
-    await order.cancel()
+    """The charge is refunded when its success is known."""
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        await order.cancel()
     return order
 
 
 async def cancelled_during_handover(shop: Shop) -> Order:
     """As an update, while no carrier answers: recalled and refunded."""
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await shop.service.cancel_now(order.id)
     return order
@@ -96,17 +99,22 @@ async def cancelled_during_handover(shop: Shop) -> Order:
 
 async def cancelled_too_late(shop: Shop) -> Order:
     """The carrier has the parcel and has not answered yet."""
-    order = await shop.approved(address=_to("00003"))
-    await until(lambda: shop.ledger.find_parcel(order.id), "the parcel")
-    await order.cancel()
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        await order.cancel()
+        await order.ends()
     return order
 
 
 async def cancelled_in_temporal(shop: Shop) -> Order:
     """The workflow itself is cancelled, during the charge."""
-    order = await shop.approved("pay-slow")
-    await order.reaches(Step.CHARGING)
-    await order.workflow.cancel()
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        await order.workflow.cancel()
     return order
 
 
@@ -122,17 +130,17 @@ async def payment_retried(shop: Shop) -> Order:
 
 async def shipping_failed(shop: Shop) -> Order:
     """No carrier takes it."""
-    return await shop.approved(address=_to("00002"))
+    return await shop.approved(address=REFUSED)
 
 
 async def taken_unnoticed(shop: Shop) -> Order:
     """The carrier takes it, and no reply ever arrives: found out by the recall."""
-    return await shop.approved(address=_to("00006"))
+    return await shop.approved(address=UNHEARD)
 
 
 async def shipment_terminated(shop: Shop) -> Order:
     """By an operator: its parent asks for the parcel and refunds."""
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await order.shipment.terminate()
     return order
@@ -142,14 +150,14 @@ async def address_changed(shop: Shop) -> Order:
     """In review, by signal and by update; and while the shipment runs, which is told."""
     order = await shop.order()
     await order.send_to(OFFICE)
-    await shop.service.change_address(order.id, _to("62702"))
+    await shop.service.change_address(order.id, at_zip("62702"))
     orders, shipments = shop.parts()
     await order.tells("address_changed", 2)
     await shop.close()
     await shop.open(parts=[orders])
     await order.approve()
     await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    await order.send_to(_to("62703"))
+    await order.send_to(at_zip("62703"))
     await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
     await shop.open(parts=[shipments])
     return order
@@ -178,10 +186,6 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def _to(zip_code: str) -> Any:
-    return HOME.model_copy(update={"zip": zip_code})
-
-
 async def record(shop: Shop, name: str) -> None:
     """Live through one scenario and write down what Temporal recorded."""
     order = await SCENARIOS[name](shop)
@@ -205,12 +209,16 @@ async def _history(workflow: WorkflowHandle[Any, Any]) -> dict[str, Any] | None:
 
 def _without_traces_of_us(value: Any) -> Any:
     """The history without the names of the recording machine, its processes and its folders."""
-    if isinstance(value, dict):
-        return {
-            key: "recorder" if key == "identity" else "" if key == "stackTrace" else _without_traces_of_us(inner)
-            for key, inner in value.items()
-        }
-    return [_without_traces_of_us(inner) for inner in value] if isinstance(value, list) else value
+    match value:
+        case dict():
+            return {key: "" if key == "stackTrace" else _without_traces_of_us(inner) for key, inner in value.items()}
+        case list():
+            return [_without_traces_of_us(inner) for inner in value]
+        case str():
+            # Of clients and workers, and in the names of workers' own queues.
+            return re.sub(r"^\d+@[\w.-]+$", "recorder", value)
+        case _:
+            return value
 
 
 async def main(names: list[str]) -> None:

@@ -48,13 +48,24 @@ HOME = Address(line1="1 Main St", city="Springfield", state="IL", zip="62701")
 OFFICE = Address(line1="9 Side St", city="Shelbyville", state="IL", zip="62565")
 
 
+def at_zip(zip_code: str) -> Address:
+    """An address that differs from `HOME` in its zip code only, by which the sandbox's carrier goes."""
+    return HOME.model_copy(update={"zip": zip_code})
+
+
+#: Nobody takes a parcel to the first, answers to the second, or is heard to answer to the third, where it is taken.
+REFUSED, UNANSWERED, UNHEARD = at_zip("00002"), at_zip("00005"), at_zip("00006")
+
+
 async def until(holds: Callable[[], Awaitable[Any]], what: str, timeout: float = PATIENCE) -> Any:
     """Ask again until the answer is truthy, and return it; fails with `what` when it never is."""
-    answer = None
+    answer, pause = None, 0.01
     try:
         async with asyncio.timeout(timeout):
-            while not (answer := await holds()):  # noqa: ASYNC110 - asked of other processes, which set no event
-                await asyncio.sleep(0.02)
+            while not (answer := await holds()):
+                await asyncio.sleep(pause)
+                # Soon at first; but a hundred who ask all the time would slow down what they wait for.
+                pause = min(pause * 1.5, 0.1)
     except TimeoutError:
         pytest.fail(f"waited {timeout} s for {what}; the last answer was {answer!r}")
     return answer
@@ -166,6 +177,8 @@ class Shop:
 
     services: Services
     ledger: Ledger
+    #: Idempotency keys of requests whose replies are kept back.
+    withheld: dict[str, asyncio.Event] = field(default_factory=dict)
     running: list[asyncio.Task[None]] = field(default_factory=list)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -226,14 +239,22 @@ class Shop:
             await self.open()
 
     async def order(
-        self, payment: str = "pay", *, address: Address | None = HOME, review: int | None = 60, **more: Any
+        self,
+        payment: str = "pay",
+        *,
+        address: Address | None = HOME,
+        review: int | None = 60,
+        attempts: int | None = None,
+        **more: Any,
     ) -> Order:
-        """Place an order, as the API does. `payment` is a name that the sandbox knows, or any other."""
+        """Place an order, as the API does. `payment` is a name that the sandbox knows, or any other; `attempts` are
+        those at handing the parcel over."""
         # "pay-slow" becomes "pay-slow-1a2b": the sandbox goes by the first part, and no two orders share an id.
         unique = uuid.uuid4().hex[:10]
         order = Order(f"o-{unique}", self, f"{payment}-{unique}")
         request = StartOrder(payment_id=order.payment_id, address=address, review_timeout_seconds=review, **more)
-        await self.service.start(order.id, request)
+        chosen = self.settings.model_copy(update={"dispatch_attempts": attempts or self.settings.dispatch_attempts})
+        await OrderService(chosen, self.repository, self.client).start(order.id, request)
         return order
 
     async def orders_with_one_payment(self) -> tuple[Order, Order]:
@@ -265,6 +286,24 @@ class Shop:
             await connection.close()
 
     @asynccontextmanager
+    async def withholding(self, key: str) -> AsyncIterator[None]:
+        """Partners do what is asked of them under this key, a payment or order id, and their replies are on the way
+        while the block runs."""
+        self.withheld[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            self.withheld.pop(key).set()
+
+    async def charged(self, order: Order) -> None:
+        """Wait until the provider has taken the money."""
+        await until(lambda: self.ledger.charges_of(order.payment_id), f"the charge of {order.id}")
+
+    async def taken(self, order: Order) -> None:
+        """Wait until the carrier has the parcel."""
+        await until(lambda: self.ledger.find_parcel(order.id), f"the parcel of {order.id}")
+
+    @asynccontextmanager
     async def outage(self, partner: Partner) -> AsyncIterator[None]:
         """The partner answers nothing but 503 while the block runs."""
         await self.ledger.set_outage(partner, 3600)
@@ -285,15 +324,17 @@ async def open_shop(settings: Settings, *, working: bool = True, client: Client 
     async with open_services(settings) as services, Ledger(settings.database_url.get_secret_value()) as ledger:
         # The partners' tables are there before the first of them is asked, for tests that look or break things first.
         await ledger.open()
-        async with _partners(ledger) as partners:
+        withheld: dict[str, asyncio.Event] = {}
+        async with _partners(ledger, withheld) as partners:
             shop = Shop(
                 replace(
                     services,
                     temporal=client or services.temporal,
-                    gateway=HttpPaymentGateway(partners("/payments")),
-                    carrier=HttpCarrier(partners("/carrier")),
+                    gateway=HttpPaymentGateway(partners["/payments"]),
+                    carrier=HttpCarrier(partners["/carrier"]),
                 ),
                 ledger,
+                withheld,
             )
             with _quiet_sdk():
                 async with shop.serving(working):
@@ -313,18 +354,28 @@ def _quiet_sdk() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _partners(ledger: Ledger) -> AsyncIterator[Callable[[str], httpx.AsyncClient]]:
+async def _partners(ledger: Ledger, withheld: dict[str, asyncio.Event]) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
     """Clients of the sandbox as the wiring makes them, but of one that tires sooner of being slow, flaky or down."""
     sandbox = create_sandbox(ledger, faults=Faults(flaky_failures=1, slow_seconds=1.0, down_seconds=1.0))
     transport = httpx.ASGITransport(app=sandbox, raise_app_exceptions=False)
+
+    async def wait_if_withheld(response: httpx.Response) -> None:
+        released = withheld.get(response.request.headers.get("Idempotency-Key", ""))
+        if released is not None:
+            await released.wait()
+
     async with AsyncExitStack() as stack:
-        clients = {
+        yield {
             path: await stack.enter_async_context(
-                httpx.AsyncClient(base_url=f"http://sandbox{path}", transport=transport, timeout=10)
+                httpx.AsyncClient(
+                    base_url=f"http://sandbox{path}",
+                    transport=transport,
+                    timeout=10,
+                    event_hooks={"response": [wait_if_withheld]},
+                )
             )
             for path in ("/payments", "/carrier")
         }
-        yield clients.__getitem__
 
 
 @asynccontextmanager

@@ -682,6 +682,19 @@ async def test_fifty_equal_starts_at_once_while_the_workers_work(shop: httpx.Asy
     assert await types_of(shop, order_id) == ["received", "awaiting_review"]
 
 
+async def test_order_that_ended_before_it_was_written_down_is_not_started_again(
+    counter: httpx.AsyncClient, temporal: Client
+) -> None:
+    order_id = new_id()
+    body = {"payment_id": "pay-1"}
+    first = await counter.post(f"/orders/{order_id}/start", json=body)
+    await temporal.get_workflow_handle(f"order/{order_id}").terminate()
+    again = await counter.post(f"/orders/{order_id}/start", json=body)
+    assert (again.status_code, again.json()) == (202, first.json())
+    other = await counter.post(f"/orders/{order_id}/start", json={"payment_id": "pay-2"})
+    problem(other, 409, "OrderConflict")
+
+
 async def test_payment_id_of_another_order_is_a_conflict(shop: httpx.AsyncClient, temporal: Client) -> None:
     owner = await in_review(shop)
     order_id = new_id()

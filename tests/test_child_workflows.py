@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +11,6 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError
 
 from app.order.models import ORDER_TASK_QUEUE, OrderInput, StartOrder, order_workflow_id
 from app.order.worker import order_worker
@@ -27,7 +25,7 @@ from app.shipping.models import (
 from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
-from tests.shop import HOME, OFFICE, Order, Shop, fresh_settings, open_shop, until
+from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
 
 RUNNING, FAILED, COMPLETED = (
     WorkflowExecutionStatus.RUNNING,
@@ -91,11 +89,13 @@ async def test_the_shipment_is_an_abandoned_child_on_its_own_queue(shop: Shop) -
 
 
 async def test_the_shipment_has_really_started_before_its_parent_could_close(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
-    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    await order.workflow.terminate("as an operator would")
-    assert (await order.shipment.describe()).status is RUNNING
-    await _end_of(order.shipment)
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.workflow.terminate("as an operator would")
+        assert (await order.shipment.describe()).status is RUNNING
+    assert (await order.shipment.result())["outcome"] == ShippingOutcome.SHIPPED
 
 
 async def test_a_shipment_whose_parent_was_terminated_ships(shop: Shop) -> None:
@@ -107,7 +107,7 @@ async def test_a_shipment_whose_parent_was_terminated_ships(shop: Shop) -> None:
 
 
 async def test_a_refused_shipment_whose_parent_was_terminated_refunds_by_itself(shop: Shop) -> None:
-    order = await _without_parent(shop, address=_to("00002"))
+    order = await _without_parent(shop, address=REFUSED)
     failure = await _end_of(order.shipment)
     assert "undeliverable" in failure.message
     step, error = await order.status()
@@ -118,7 +118,7 @@ async def test_a_refused_shipment_whose_parent_was_terminated_refunds_by_itself(
 
 
 async def test_a_recalled_shipment_whose_parent_was_terminated_refunds_by_itself(shop: Shop) -> None:
-    order = await _without_parent(shop, address=_to("00005"), cancel=True)
+    order = await _without_parent(shop, address=UNANSWERED, cancel=True)
     result = await order.shipment.result()
     assert result["outcome"] == ShippingOutcome.RECALLED
     assert (await order.status())[0] is Step.CANCELLED
@@ -145,7 +145,7 @@ async def _without_parent(shop: Shop, *, address: Any = HOME, cancel: bool = Fal
 
 
 async def test_an_order_whose_shipment_was_terminated_asks_for_the_parcel_and_refunds(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await order.shipment.terminate("as an operator would")
     assert await order.ends() is Step.SHIPPING_FAILED
@@ -167,16 +167,17 @@ async def test_an_order_whose_shipment_was_terminated_before_it_began_is_refunde
 
 
 async def test_an_order_whose_shipment_was_terminated_too_late_is_shipped(shop: Shop) -> None:
-    # The carrier takes the parcel at once, and answers a second later.
-    order = await shop.approved(address=_to("00003"))
-    await until(lambda: shop.ledger.find_parcel(order.id), "the parcel")
-    await order.shipment.terminate("as an operator would")
-    assert await order.ends() is Step.SHIPPED
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        await order.shipment.terminate("as an operator would")
+        assert await order.ends() is Step.SHIPPED
     assert not await shop.ledger.refunds_of(order.payment_id)
 
 
 async def test_an_order_whose_shipment_was_cancelled_in_temporal_is_refunded(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await order.shipment.cancel()
     assert await order.ends() is Step.SHIPPING_FAILED
@@ -187,7 +188,7 @@ async def test_an_order_whose_shipment_was_cancelled_in_temporal_is_refunded(sho
 
 
 async def test_a_shipment_that_gives_up_tells_its_parent_and_fails(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00002"))
+    order = await shop.approved(address=REFUSED)
     assert await order.ends() is Step.SHIPPING_FAILED
     failure = await _end_of(order.shipment)
     assert failure.type == "DispatchFailed"
@@ -198,7 +199,7 @@ async def test_a_shipment_that_gives_up_tells_its_parent_and_fails(shop: Shop) -
 
 
 async def test_a_cancelled_order_tells_its_shipment(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await order.cancel()
     assert await order.ends() is Step.CANCELLED
@@ -224,7 +225,7 @@ async def test_a_new_address_is_passed_on_to_the_running_shipment(shop: Shop) ->
 
 
 async def test_a_foreign_client_cannot_break_a_shipment(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     await order.shipment.signal("address")
     await order.shipment.signal("address", "nowhere")
@@ -235,14 +236,11 @@ async def test_a_foreign_client_cannot_break_a_shipment(shop: Shop) -> None:
 
 
 async def test_the_shipment_answers_where_the_parcel_is(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00003"))
-
-    async def asked() -> bool:
-        with contextlib.suppress(RPCError):
-            return await order.shipment.query(ShippingWorkflow.status) == Step.PREPARED
-        return False
-
-    await until(asked, "the shipment to be prepared")
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        assert await order.shipment.query(ShippingWorkflow.status) == Step.PREPARED
     await order.ends()
     assert await order.shipment.query(ShippingWorkflow.status) == Step.SHIPPED
 
@@ -271,10 +269,6 @@ async def test_a_shipment_started_again_by_hand_ships_nothing_twice(shop: Shop) 
 
 
 # --- reading Temporal
-
-
-def _to(zip_code: str) -> Any:
-    return HOME.model_copy(update={"zip": zip_code})
 
 
 async def _end_of(shipment: WorkflowHandle[Any, Any]) -> ApplicationError:

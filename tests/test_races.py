@@ -11,16 +11,17 @@ import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import pytest
+from temporalio.service import RPCError, RPCStatusCode
 
-from app.errors import OrderNotFound, TooLate
+from app.errors import OrderNotFound, ServiceUnavailable, TooLate
 from app.order.models import Decided, Review, Verdict
 from app.steps import Step
 from tests import books
-from tests.shop import HOME, Order, Shop, fresh_settings, open_shop
+from tests.shop import HOME, Order, Shop, at_zip, fresh_settings, open_shop
 
 SEED = int(os.environ.get("TRELLIS_TEST_SEED", "1"))
 
@@ -55,8 +56,11 @@ class Race:
         await asyncio.sleep(delay)
         try:
             self.answers[name] = await ACTS[name](self.order) or "sent"
-        except (TooLate, OrderNotFound) as error:
+        except (TooLate, OrderNotFound, ServiceUnavailable) as error:
             self.answers[name] = error
+        except RPCError as error:
+            # Temporal's own way to say that it has ended.
+            assert error.status is RPCStatusCode.NOT_FOUND, error  # noqa: PT017 - any other is this test's failure
 
     def __str__(self) -> str:
         return f"seed {SEED}: {self.order.id} {self.order.payment_id} {sorted(self.acts, key=lambda act: act[1])}"
@@ -88,9 +92,7 @@ async def test_whatever_is_decided_at_the_same_time_every_order_comes_to_one_rig
 
     async def place(number: int) -> Race:
         review = 1 if number % 2 else 60
-        order = await shop.order(
-            chance.choice(PAYMENTS), address=HOME.model_copy(update={"zip": chance.choice(ZIPS)}), review=review
-        )
+        order = await shop.order(chance.choice(PAYMENTS), address=at_zip(chance.choice(ZIPS)), review=review)
         names = chance.sample(sorted(ACTS), k=chance.randint(2, 4))
         if review != 1 and not any(name.startswith(("approve", "reject", "cancel")) for name in names):
             names.append("approve")
@@ -126,8 +128,9 @@ async def test_a_cancellation_against_a_slow_charge_leaves_nothing_charged(shop:
     races = [Race(await shop.approved("pay-slow"), [("cancel", chance.uniform(0.0, 1.2))]) for _ in range(6)]
     ends = await asyncio.gather(*(race.run() for race in races))
     for race, end in zip(races, ends, strict=True):
-        # Shipped only if the charge, of a second, was over before the cancellation came.
-        assert end is Step.CANCELLED or not isinstance(race.answers["cancel"], str) or await _refused(race.order)
+        # It may be late: the charge, of a second, is over, and the carrier has the parcel. Then somebody is told.
+        told = isinstance(race.answers["cancel"], TooLate) or await race.order.events("cancel_refused")
+        assert end is (Step.SHIPPED if told else Step.CANCELLED), str(race)
     await _audit(shop, races)
 
 
@@ -135,22 +138,105 @@ async def test_a_cancellation_against_the_handover_gets_the_parcel_or_is_refused
     chance = random.Random(SEED)
 
     async def race(number: int) -> Race:
-        order = await shop.approved(address=HOME.model_copy(update={"zip": "00003" if number % 2 else "62701"}))
+        order = await shop.approved(address=at_zip("00003" if number % 2 else "62701"))
         await order.reaches(*(Step.CHARGED, Step.PREPARED, Step.SHIPPED))
         racing = Race(order, [("cancel, answered", chance.uniform(0.0, 0.15))])
         end = await racing.run()
-        refused = isinstance(racing.answers["cancel, answered"], TooLate)
-        assert end is (Step.SHIPPED if refused else Step.CANCELLED), str(racing)
+        match racing.answers["cancel, answered"]:
+            case Decided():
+                assert end is Step.CANCELLED, str(racing)
+            case TooLate():
+                assert end is Step.SHIPPED, str(racing)
+            case _:
+                assert end in {Step.SHIPPED, Step.CANCELLED}, str(racing)
         return racing
 
     races = await asyncio.gather(*(race(number) for number in range(8)))
     await _audit(shop, races)
 
 
-async def _refused(order: Order) -> bool:
-    return bool(await order.events("cancel_refused"))
-
-
 async def _audit(shop: Shop, races: list[Race]) -> None:
     problems = await books.audit(shop.pool, temporal=shop.client, orders=[race.order.id for race in races])
     assert not problems, f"seed {SEED}:\n" + "\n".join(problems)
+
+
+# --- the auditor itself
+
+
+@pytest.fixture(scope="module")
+async def ledgers(shop: Shop) -> books.Books:
+    """The books of an order that was shipped and of one that was refunded, with nothing wrong."""
+    shipped, refunded = await shop.order(), await shop.order()
+    async with shop.withholding(refunded.payment_id):
+        await refunded.approve()
+        await shop.charged(refunded)
+        await refunded.cancel()
+    await shipped.approve()
+    assert [await shipped.ends(), await refunded.ends()] == [Step.SHIPPED, Step.CANCELLED]
+    read = await books.read(shop.pool, temporal=shop.client, orders=[shipped.id, refunded.id])
+    assert not books.find_problems(read)
+    return read
+
+
+def _with(book: Any, name: str, /, **changes: Any) -> Any:
+    """A copy of one of the books in which one row, or every row of one list, is another."""
+    rows = book[name] if isinstance(book[name], list) else [book[name]]
+    changed = [
+        replace(row, **changes) if is_dataclass(row) else dict(row) | changes  # type: ignore[type-var]
+        for row in rows
+    ]
+    return {**book, name: changed if isinstance(book[name], list) else changed[0]}
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("charged twice", "the provider charged 2 times"),
+        ("never charged", "the provider charged 0 times"),
+        ("charged another sum", "the provider moved"),
+        ("charged without the key", "another idempotency key"),
+        ("charged for nobody", "which is no payment here"),
+        ("not refunded", "the provider refunded 0 times"),
+        ("refunded although shipped", "the provider refunded 1 times"),
+        ("the carrier has no parcel", "the carrier does not have the parcel"),
+        ("the parcel was taken although refunded", "the carrier has the parcel"),
+        ("sent elsewhere", "another address"),
+        ("a step is missing", "there is no way from"),
+        ("a step came twice", "entered a step twice"),
+        ("state and timeline differ", "its timeline ends at"),
+        ("the payment is in doubt", "its payment is INIT"),
+        ("the workflow says otherwise", "the workflow's result is"),
+        ("nobody works on it", "nobody works on it"),
+    ],
+)
+def test_the_auditor_sees(ledgers: books.Books, what: str, problem: str) -> None:
+    problems = books.find_problems(_spoiled(ledgers, what), may_be_open=what == "nobody works on it")
+    assert any(problem in found for found in problems), problems
+
+
+def _spoiled(ledgers: books.Books, what: str) -> books.Books:
+    orders, events, payments = ledgers.orders, ledgers.events, ledgers.payments
+    shipped, refunded = orders
+    paid, repaid = (payments[order]["payment_id"] for order in orders)
+    charge, back, told = ledgers.charges[paid][0], ledgers.refunds[repaid][0], events[shipped]
+    spoiled: dict[str, dict[str, Any]] = {
+        "charged twice": {"charges": {**ledgers.charges, paid: [charge, replace(charge, id="ch-2")]}},
+        "never charged": {"charges": {**ledgers.charges, paid: []}},
+        "charged another sum": {"charges": _with(ledgers.charges, paid, amount=charge.amount + 1)},
+        "charged without the key": {"charges": _with(ledgers.charges, paid, key=None)},
+        "charged for nobody": {"payments": {refunded: payments[refunded]}},
+        "not refunded": {"refunds": {}},
+        "refunded although shipped": {"refunds": {**ledgers.refunds, paid: [back]}},
+        "the carrier has no parcel": {"parcels": {}},
+        "the parcel was taken although refunded": {
+            "parcels": {**ledgers.parcels, refunded: books.Parcel(refunded, "taken", "trk", None)}
+        },
+        "sent elsewhere": {"parcels": _with(ledgers.parcels, shipped, address={"line1": "elsewhere"})},
+        "a step is missing": {"events": {**events, shipped: [e for e in told if e["type"] != Step.CHARGED]}},
+        "a step came twice": {"events": {**events, shipped: [*told, told[-1]]}},
+        "state and timeline differ": {"orders": _with(orders, shipped, state="prepared")},
+        "the payment is in doubt": {"payments": _with(payments, shipped, status="INIT")},
+        "the workflow says otherwise": {"executions": _with(ledgers.executions, shipped, result=Step.EXPIRED)},
+        "nobody works on it": {"orders": _with(orders, shipped, state="prepared")},
+    }
+    return replace(ledgers, **spoiled[what])

@@ -26,8 +26,23 @@ from temporalio.testing import WorkflowEnvironment
 from app.errors import TooLate
 from app.order.models import MAX_REVIEW_SECONDS, OrderStatus, Review, Verdict
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
+from app.shipping.models import Address
 from app.steps import Step
-from tests.shop import HOME, OFFICE, PATIENCE, Order, Shop, fresh_settings, open_shop, seconds, until
+from tests.shop import (
+    HOME,
+    OFFICE,
+    PATIENCE,
+    REFUSED,
+    UNANSWERED,
+    UNHEARD,
+    Order,
+    Shop,
+    at_zip,
+    fresh_settings,
+    open_shop,
+    seconds,
+    until,
+)
 
 LIFE = ["received", "awaiting_review", "charging", "charged", "prepared", "shipped"]
 APPROVAL = Review(decision=Verdict.APPROVE)
@@ -84,7 +99,7 @@ async def clock(servers: Any, template: str) -> AsyncIterator[Clock]:
 
 async def test_an_order_approved_within_its_window_is_shipped(clock: Clock) -> None:
     order = await clock.shop.order(review=MAX_REVIEW_SECONDS)
-    await order.reaches(Step.AWAITING_REVIEW)
+    await order.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
     await clock.passes(seconds(MAX_REVIEW_SECONDS - 60))
     assert (await order.status())[0] is Step.AWAITING_REVIEW
     await order.approve()
@@ -94,7 +109,7 @@ async def test_an_order_approved_within_its_window_is_shipped(clock: Clock) -> N
 
 async def test_an_order_that_nobody_reviews_for_thirty_days_expires(clock: Clock) -> None:
     order = await clock.shop.order(review=MAX_REVIEW_SECONDS)
-    await order.reaches(Step.AWAITING_REVIEW)
+    await order.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
     began = await clock.environment.get_current_time()
     await clock.passes(seconds(MAX_REVIEW_SECONDS + 1))
     assert await order.ends() is Step.EXPIRED
@@ -108,7 +123,7 @@ async def test_an_order_that_nobody_reviews_for_thirty_days_expires(clock: Clock
 
 async def test_the_window_of_ten_seconds_is_the_settings_and_not_the_workers(clock: Clock) -> None:
     order = await clock.shop.order(review=None)
-    await order.reaches(Step.AWAITING_REVIEW)
+    await order.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
     assert (await order.events("awaiting_review"))[0].payload == {"review_timeout_seconds": 10}
     await clock.passes(seconds(11))
     assert await order.ends() is Step.EXPIRED
@@ -189,7 +204,7 @@ async def test_an_order_expires_in_real_time(shop: Shop) -> None:
 
 
 async def test_a_decision_in_the_same_workflow_task_as_the_timer_wins(shop: Shop) -> None:
-    orders = [await shop.order(review=1) for _ in range(3)]
+    orders = [await shop.order(review=3) for _ in range(3)]
     await asyncio.gather(*(order.recorded(EventType.EVENT_TYPE_TIMER_STARTED) for order in orders))
     async with shop.closed():
         await asyncio.gather(*(order.recorded(EventType.EVENT_TYPE_TIMER_FIRED) for order in orders))
@@ -302,10 +317,13 @@ async def test_an_order_cancelled_in_review_is_not_charged(shop: Shop) -> None:
 
 
 async def test_an_order_cancelled_during_the_charge_is_refunded_when_the_charge_is_known(shop: Shop) -> None:
-    order = await shop.approved("pay-slow")
-    await order.reaches(Step.CHARGING)
-    decided = await shop.service.cancel_now(order.id)
-    assert decided.step is Step.CHARGING
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        decided = await shop.service.cancel_now(order.id)
+        assert decided.step is Step.CHARGING
+        assert (await order.status())[0] is Step.CHARGING
     assert await order.ends() is Step.CANCELLED
     assert await order.path() == ["received", "awaiting_review", "charging", "charged", "cancelled"]
     assert len(await shop.ledger.charges_of(order.payment_id)) == 1
@@ -338,7 +356,7 @@ async def test_an_order_cancelled_before_the_shipment_began_is_refunded(shop: Sh
 
 
 async def test_an_order_cancelled_while_no_carrier_takes_it_is_recalled_and_refunded(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00005"))
+    order = await shop.approved(address=UNANSWERED, attempts=10)
     await order.tells("attempt_failed")
     decided = await shop.service.cancel_now(order.id)
     assert decided.step is Step.CANCELLED
@@ -347,15 +365,18 @@ async def test_an_order_cancelled_while_no_carrier_takes_it_is_recalled_and_refu
 
 
 async def test_a_cancellation_after_the_carrier_took_the_parcel_is_refused(shop: Shop) -> None:
-    # The carrier takes both parcels at once, and answers a second later.
-    signalled, asked = await asyncio.gather(*(shop.approved(address=_to("00003")) for _ in range(2)))
+    signalled, asked = await shop.order(), await shop.order()
+    async with shop.withholding(signalled.id), shop.withholding(asked.id):
+        for order in (signalled, asked):
+            await order.approve()
+            await shop.taken(order)
+        await signalled.cancel()
+        with pytest.raises(TooLate, match="the carrier has the parcel"):
+            await shop.service.cancel_now(asked.id)
+        # The carrier says so when it is asked for the parcel, whatever has become of its first reply.
+        for order in (signalled, asked):
+            assert await order.ends() is Step.SHIPPED
     for order in (signalled, asked):
-        await until(lambda order=order: shop.ledger.find_parcel(order.id), "the parcel")
-    await signalled.cancel()
-    with pytest.raises(TooLate, match="the carrier has the parcel"):
-        await shop.service.cancel_now(asked.id)
-    for order in (signalled, asked):
-        assert await order.ends() is Step.SHIPPED
         (refusal,) = await order.events("cancel_refused")
         assert refusal.payload == {"reason": "the carrier has the parcel"}
         assert not await shop.ledger.refunds_of(order.payment_id)
@@ -370,35 +391,40 @@ async def test_a_cancellation_after_the_end_is_refused(shop: Shop) -> None:
         await shop.service.cancel_now(order.id)
 
 
-@pytest.mark.parametrize(
-    ("payment", "zip_code", "path"),
-    [
-        pytest.param("pay", None, ["received", "cancelled"], id="before its first task"),
-        pytest.param("pay", None, ["received", "awaiting_review", "cancelled"], id="in review"),
-        pytest.param("pay-slow", None, [*LIFE[:4], "cancelled"], id="during the charge"),
-        pytest.param("pay", "00005", [*LIFE[:5], "cancelled"], id="during the handover"),
-    ],
-)
-async def test_a_workflow_cancelled_in_temporal_is_a_cancelled_order(
-    shop: Shop, payment: str, zip_code: str | None, path: list[str]
-) -> None:
-    last = path[-2]
-    if last == "received":
-        async with shop.closed():
-            order = await shop.order(payment)
-            await order.workflow.cancel()
-    else:
-        order = await shop.order(payment, address=_to(zip_code) if zip_code else None)
-        await order.reaches(Step.AWAITING_REVIEW)
-        if last != "awaiting_review":
-            await order.approve()
-        if last == "charged":
-            await order.reaches(Step.CHARGING)
-        if last == "prepared":
-            await order.tells("attempt_failed")
+async def test_a_workflow_cancelled_in_temporal_before_its_first_task_is_a_cancelled_order(shop: Shop) -> None:
+    async with shop.closed():
+        order = await shop.order()
         await order.workflow.cancel()
+    await _is_cancelled(order, ["received"])
+
+
+async def test_a_workflow_cancelled_in_temporal_during_its_review_is_a_cancelled_order(shop: Shop) -> None:
+    order = await shop.order()
+    await order.reaches(Step.AWAITING_REVIEW)
+    await order.workflow.cancel()
+    await _is_cancelled(order, LIFE[:2])
+
+
+async def test_a_workflow_cancelled_in_temporal_during_its_charge_is_a_refunded_order(shop: Shop) -> None:
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        await order.workflow.cancel()
+        await order.recorded(EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED)
+    await _is_cancelled(order, LIFE[:4])
+
+
+async def test_a_workflow_cancelled_in_temporal_during_its_handover_is_a_refunded_order(shop: Shop) -> None:
+    order = await shop.approved(address=UNANSWERED, attempts=10)
+    await order.tells("attempt_failed")
+    await order.workflow.cancel()
+    await _is_cancelled(order, LIFE[:5])
+
+
+async def _is_cancelled(order: Order, path: list[str]) -> None:
     assert await order.ends() is Step.CANCELLED
-    assert await order.path() == path
+    assert await order.path() == [*path, "cancelled"]
     assert (await order.workflow.describe()).status is WorkflowExecutionStatus.COMPLETED
 
 
@@ -445,7 +471,7 @@ async def test_a_lost_reply_does_not_charge_twice(shop: Shop) -> None:
 
 
 async def test_a_parcel_that_no_carrier_takes_is_refunded(shop: Shop) -> None:
-    refused, unanswered = await asyncio.gather(shop.approved(address=_to("00002")), shop.approved(address=_to("00005")))
+    refused, unanswered = await asyncio.gather(shop.approved(address=REFUSED), shop.approved(address=UNANSWERED))
     for order in (refused, unanswered):
         assert await order.ends() is Step.SHIPPING_FAILED
         assert await order.path() == [*LIFE[:5], "shipping_failed"]
@@ -456,7 +482,7 @@ async def test_a_parcel_that_no_carrier_takes_is_refunded(shop: Shop) -> None:
 
 
 async def test_a_parcel_that_was_taken_while_the_shipment_gave_up_is_shipped_and_not_refunded(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00006"))
+    order = await shop.approved(address=UNHEARD)
     assert await order.ends() is Step.SHIPPED
     assert len(await order.events("attempt_failed")) == shop.settings.dispatch_attempts
     assert not await shop.ledger.refunds_of(order.payment_id)
@@ -465,24 +491,22 @@ async def test_a_parcel_that_was_taken_while_the_shipment_gave_up_is_shipped_and
 # --- the address
 
 
-def _to(zip_code: str) -> Any:
-    return HOME.model_copy(update={"zip": zip_code})
-
-
 async def test_an_address_may_be_changed_before_the_review_during_it_and_during_the_charge(shop: Shop) -> None:
     async with shop.closed():
         early = await shop.order()
         await early.send_to(OFFICE)
-    reviewed = await shop.order(address=None)
+    reviewed, charging = await shop.order(address=None), await shop.order()
     assert (await shop.service.change_address(reviewed.id, OFFICE)).order_id == reviewed.id
-    charging = await shop.approved("pay-slow")
-    await charging.reaches(Step.CHARGING)
-    await charging.send_to(OFFICE)
+    async with shop.withholding(charging.payment_id):
+        await charging.approve()
+        await shop.charged(charging)
+        await charging.send_to(OFFICE)
+        await charging.tells("address_changed")
     await early.approve()
     await reviewed.approve()
     for order in (early, reviewed, charging):
         assert await order.ends() is Step.SHIPPED
-        assert await _sent_to(order) == OFFICE.model_dump()
+        assert await _sent_to(order) == OFFICE
         assert len(await order.events("address_changed")) == 1
 
 
@@ -490,30 +514,31 @@ async def test_of_many_addresses_the_last_one_stays(shop: Shop) -> None:
     async with shop.closed():
         order = await shop.order()
         for zip_code in ("62701", "62702", "62703"):
-            await order.send_to(_to(zip_code))
+            await order.send_to(at_zip(zip_code))
         await order.approve()
     await order.ends()
-    assert await _sent_to(order) == _to("62703").model_dump()
+    assert await _sent_to(order) == at_zip("62703")
 
 
 async def test_an_address_is_refused_from_the_handover_on(shop: Shop) -> None:
-    order = await shop.approved(address=_to("00003"))
-    await until(lambda: shop.ledger.find_parcel(order.id), "the parcel")
-    await order.send_to(OFFICE)
-    with pytest.raises(TooLate, match="being handed over"):
-        await shop.service.change_address(order.id, OFFICE)
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        await order.send_to(OFFICE)
+        with pytest.raises(TooLate, match="being handed over"):
+            await shop.service.change_address(order.id, OFFICE)
     assert await order.ends() is Step.SHIPPED
     assert len(await order.events("address_refused")) == 2
-    assert await _sent_to(order) == _to("00003").model_dump()
+    assert await _sent_to(order) == HOME
     with pytest.raises(TooLate, match="shipped"):
         await shop.service.change_address(order.id, OFFICE)
 
 
-async def _sent_to(order: Order) -> Any:
-    view = await order.shop.repository.view(order.id)
-    assert view is not None
-    assert view.address is not None
-    return view.address.model_dump()
+async def _sent_to(order: Order) -> Address:
+    found = await order.shop.ledger.find_parcel(order.id)
+    assert found is not None
+    return Address.model_validate_json(found[1] or "null")
 
 
 # --- signals from clients that are not ours
@@ -595,7 +620,7 @@ async def test_a_flood_of_addresses_does_not_fill_the_history(shop: Shop) -> Non
     async with shop.closed():
         order = await shop.order()
         await asyncio.gather(*(order.send_to(OFFICE) for _ in range(MAX_ADDRESS_SIGNALS + 50)))
-        await order.send_to(_to("62799"))
+        await order.send_to(at_zip("62799"))
         await order.cancel()
     assert await order.ends() is Step.CANCELLED
     activities = await order.activities()

@@ -27,7 +27,7 @@ from tests.faults.stack import Stack, eventually
 COVERAGE_EXTRA = 180.0
 
 #: Open orders at which no new ones are started: a queue that only grows would test patience, and nothing else.
-MOST_OPEN = 150
+MOST_OPEN = 80
 
 #: Seconds between two kills of everything that leave no time to recover: the second one hits the recovery.
 RECOVERY = (1.0, 6.0)
@@ -81,7 +81,7 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._began = time.monotonic()
-        self._counted_at, self._counted_open = 0.0, 0
+        self._counted_at, self._counted = 0.0, 0
         self._outcome = Outcome(seed=plan.seed, command=plan.command)
         # Not below the repository: PostgreSQL runs as another user when we are root.
         self._data = Path(tempfile.mkdtemp(prefix=f"trellis-faults-{plan.seed}-"))
@@ -110,9 +110,9 @@ class Run:
             weather = asyncio.create_task(schedule.play(faults, stack, customers, self._say))
             await asyncio.sleep(seconds)
             await weather
+            arrivals.cancel()
             self._say("no more faults")
             await self._fill_the_matrix(stack, customers)
-            arrivals.cancel()
             self._took("storm")
             await self._heal(stack, customers)
         self._outcome.faults = _counted(fault.kind for fault in faults)
@@ -168,26 +168,27 @@ class Run:
         for story in STORIES:
             customers.begin(story)
         while True:
-            if await self._open_orders(stack) < MOST_OPEN:
+            if await self._waiting(stack, customers) < MOST_OPEN:
                 customers.begin()
             await asyncio.sleep(1 / self._plan.rate)
 
-    async def _open_orders(self, stack: Stack) -> int:
-        """How many are open; when the database is down, as many as when it was asked last."""
+    async def _waiting(self, stack: Stack, customers: Customers) -> int:
+        """How many orders are not at their end; when the database is down, as many as when it was asked last."""
         if time.monotonic() - self._counted_at > 1:
             self._counted_at = time.monotonic()
             with contextlib.suppress(*db.UNAVAILABLE):
-                self._counted_open = await verdict.open_orders(stack)
-        return self._counted_open
+                self._counted = await verdict.waiting(stack, customers.promises)
+        return self._counted
 
     async def _fill_the_matrix(self, stack: Stack, customers: Customers) -> None:
         deadline = time.monotonic() + COVERAGE_EXTRA
         while (missing := stack.plan.missing()) and time.monotonic() < deadline:
             self._say(f"{len(missing)} of {len(NAMES) * len(Action)} failpoint actions not hit yet")
             stack.renew_stale()
-            for activity in sorted({name.split(".")[0] for name, _ in missing}):
-                for story in LEADS_TO[activity] * 2:
-                    customers.begin(story)
+            if await self._waiting(stack, customers) < MOST_OPEN:
+                for activity in sorted({name.split(".")[0] for name, _ in missing}):
+                    for story in LEADS_TO[activity] * 3:
+                        customers.begin(story)
             await asyncio.sleep(4)
 
     async def _heal(self, stack: Stack, customers: Customers) -> None:
@@ -293,6 +294,6 @@ def _added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 def _order_ids(outcome: Outcome) -> list[str]:
     audited = [violation["order_id"] for violation in outcome.audit.get("violations", [])]
-    named = [line.removeprefix("still open after ").split(" ")[0] for line in outcome.wrong if line.startswith("o-")]
-    stuck = [line.split("order ")[1].split(" ")[0] for line in outcome.wrong if line.startswith("still open")]
+    named = [line.split(" ")[0] for line in outcome.wrong if line.startswith(("o-", "k"))]
+    stuck = [line.split("order ")[1].split(" ")[0] for line in outcome.wrong if line.startswith("stuck")]
     return sorted({*audited, *named, *stuck})

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 GRACE = 10.0
 
 #: Seconds after which a worker has most likely met every failpoint it has.
-PATIENCE_WITH_A_WORKER = 20.0
+PATIENCE_WITH_A_WORKER = 30.0
 
 #: Ends that a process of the product may have: told to stop, killed by us, killed by a failpoint.
 _EXPECTED_ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, failpoints.EXIT_CODE}
@@ -44,7 +44,8 @@ class Member:
     queue: str | None = None
     process: ServerProcess | None = None
     ends: list[int] = field(default_factory=list)
-    started: float = 0.0
+    #: When it began to serve; 0 while it starts.
+    ready: float = 0.0
     spec: str = ""
     #: Held down on purpose, or stopped in its tracks: nobody else is to touch it.
     down: bool = False
@@ -60,7 +61,9 @@ class Stack:
         self.deaths = 0
         self.surprises: list[str] = []
         self.postgres = LocalPostgres(data / "postgres", log=data / "postgres.log")
-        self.temporal = LocalTemporal(data, log=data / "temporal.log")
+        # Killing a process loses nothing that it gave to the operating system: only PostgreSQL, which holds commits
+        # back in its own memory otherwise, has to wait for the disk.
+        self.temporal = LocalTemporal(data, log=data / "temporal.log", durable=False)
         self.proxies: dict[str, Proxy] = {}
         self.members: dict[str, Member] = {}
         self.api_port = free_port()
@@ -131,7 +134,7 @@ class Stack:
         log = self.data / f"{member.name}.log"
         member.process = ServerProcess(member.name, Launch(args, log, env, cwd=ROOT))
         member.process.spawn()
-        member.started = time.monotonic()
+        member.ready = 0.0
         member.down = False
 
     def kill(self, name: str) -> None:
@@ -141,12 +144,14 @@ class Stack:
             member.process.kill()
 
     def renew_stale(self) -> None:
-        """Kill the workers that have had time for their failpoints, and do not have those that are missing."""
+        """Kill the workers whose failpoints are all hit, or that have had time for them, while others are missing."""
         for member in self.members.values():
-            if member.queue and not member.down and time.monotonic() - member.started > PATIENCE_WITH_A_WORKER:
-                missing = {name for name, _ in self.plan.missing_on(member.queue)}
-                if missing and missing != {part.split("=")[0] for part in member.spec.split(";")}:
-                    self.kill(member.name)
+            if not member.queue or member.down or not member.ready:
+                continue
+            missing, served = self.plan.missing_on(member.queue), time.monotonic() - member.ready
+            own = [pair for pair in missing if f"{pair[0]}={pair[1]}:" in member.spec]
+            if missing and served > (PATIENCE_WITH_A_WORKER if own else 0):
+                self.kill(member.name)
 
     async def terminate(self, name: str) -> None:
         """SIGTERM, as a rollout does, and start a successor once it has ended."""
@@ -178,7 +183,9 @@ class Stack:
                         self.start(member)
                     except LocalError as error:
                         self.surprises.append(str(error))
-            await asyncio.sleep(0.1)
+                elif member.process and not member.ready and "workers started" in member.process.tail(40):
+                    member.ready = time.monotonic()
+            await asyncio.sleep(0.25)
 
     # --- all of them
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tests.faults.orders import Promise
     from tests.faults.stack import Stack
 
-#: Seconds all orders get to close once everything works again. A provider is asked again after at most a minute,
-#: and an attempt whose worker died is given up after forty seconds; an order can need several of both.
-DRAIN: Final = 300.0
+#: Seconds without a single order coming to its end after which those that are open count as stuck. A provider is asked
+#: again after at most a minute, and an attempt whose worker died is given up after forty seconds; an order can need
+#: several of both.
+STUCK: Final = 240.0
 
 #: What `trellis reconcile` is given: longer than any attempt that could still be running.
 GRACE: Final = 45.0
@@ -27,14 +28,16 @@ GRACE: Final = 45.0
 
 async def drained(stack: Stack, say: Callable[[str], None]) -> list[str]:
     """Wait until no order is open that has a workflow, settle those that have none; what is wrong then."""
-    deadline = time.monotonic() + DRAIN
-    while (left := await _open(stack)) and time.monotonic() < deadline:
+    fewest, since = -1, time.monotonic()
+    while left := await _open(stack):
+        if fewest < 0 or len(left) < fewest:
+            fewest, since = len(left), time.monotonic()
+        if time.monotonic() - since > STUCK:
+            return [f"stuck for {STUCK:.0f} s: order {order} at {step}" for order, step in left[:50]]
         code, output = await stack.command("reconcile", "--apply", "--json", "--grace", str(GRACE))
         if code not in {0, 1}:
             return [f"`trellis reconcile --apply` ended with {code}: {output[-500:]}"]
-        await asyncio.sleep(3)
-    if left:
-        return [f"still open after {DRAIN:.0f} s: order {order} at {step}" for order, step in left[:50]]
+        await asyncio.sleep(5)
     code, output = await stack.command("reconcile", "--apply", "--json", "--grace", "0", "--settle", "0")
     say("every order is closed")
     return [] if code in {0, 1} else [f"the last `trellis reconcile --apply` ended with {code}: {output[-500:]}"]
@@ -79,9 +82,10 @@ async def ends(stack: Stack) -> Counter[str]:
     return Counter((await _steps(stack)).values())
 
 
-async def open_orders(stack: Stack) -> int:
-    """How many orders are open."""
-    return len(await _open(stack))
+async def waiting(stack: Stack, promises: dict[str, Promise]) -> int:
+    """How many orders are not at their end, accepted or not."""
+    closed = {order_id for order_id, step in (await _steps(stack)).items() if step.final}
+    return len(promises.keys() - closed)
 
 
 async def accepted_and_open(stack: Stack, promises: dict[str, Promise]) -> int:
