@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -46,7 +45,7 @@ class Servers:
 
 
 @pytest.fixture(scope="session")
-async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servers]:
+async def servers() -> AsyncIterator[Servers]:
     """PostgreSQL and Temporal."""
     given = os.environ.get("TRELLIS_TEST_DATABASE_URL"), os.environ.get("TRELLIS_TEST_TEMPORAL_ADDRESS")
     async with AsyncExitStack() as stack:
@@ -54,7 +53,9 @@ async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ser
             # The wheels with the servers are not needed where servers are given, as in the container.
             from app.local.stack import LocalStack
 
-            local = await stack.enter_async_context(LocalStack(Path(tmp_path_factory.mktemp("servers")), durable=False))
+            # Not below pytest's own temporary directory: every pytest that starts takes the rights of others away from
+            # that, and PostgreSQL, which does not run as root, would lose its files under a run as root.
+            local = await stack.enter_async_context(LocalStack(durable=False))
             given = local.database_url, local.temporal_address
         database_url, temporal_address = given
         assert database_url
