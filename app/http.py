@@ -177,7 +177,7 @@ async def _http_problem(_: Request, error: Exception) -> ProblemResponse:
 
 async def _temporal_problem(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RPCError)  # noqa: S101
-    if error.status in temporal.UNAVAILABLE:
+    if temporal.is_unavailable(error):
         log.warning("Temporal did not answer", status=error.status.name)
         return problem(503, "Temporal did not answer", _AGAIN, code="TemporalUnavailable")
     return await _unexpected_problem(request, error)

@@ -37,8 +37,21 @@ UNAVAILABLE: Final = frozenset(
         RPCStatusCode.CANCELLED,
         RPCStatusCode.RESOURCE_EXHAUSTED,
         RPCStatusCode.ABORTED,
+        # An update of a workflow whose tasks have just failed or timed out: it is taken when they work again.
+        RPCStatusCode.FAILED_PRECONDITION,
     }
 )
+
+
+def is_unavailable(error: RPCError) -> bool:
+    """Whether the same call may well succeed in a moment.
+
+    A connection that breaks in the middle of a call, as behind a proxy or load balancer whose server is gone, is
+    UNKNOWN to the SDK; only its words tell it from an error of the server.
+    """
+    broken = error.status is RPCStatusCode.UNKNOWN and "transport error" in error.message
+    return broken or error.status in UNAVAILABLE
+
 
 log = structlog.get_logger(__name__)
 

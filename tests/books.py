@@ -263,7 +263,8 @@ def _movements(
     # Until the order's end, the provider may know of a refund that is not written down yet.
     if len(refunds) > len(charges) or (final and len(refunds) != (status == "REFUNDED")):
         yield f"the payment is {status}, and the provider refunded {len(refunds)} times"
-    for movement in (*charges, *refunds):
+    moved: list[Charge | Refund] = [*charges, *refunds]
+    for movement in moved:
         if (movement.amount, movement.currency) != (order["total"], order["currency"]):
             yield f"the order is {order['total']} {order['currency']}, the provider moved {movement}"
     if any(charge.key != payment["payment_id"] for charge in charges):

@@ -23,7 +23,9 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=2.5, help="orders per second (default 2.5)")
     parser.add_argument("--pause", type=float, default=8.0, help="seconds between two faults (default 8)")
     parser.add_argument("--kill-everything", type=int, default=0, metavar="TIMES", help="instead: kill -9 of all")
-    parser.add_argument("--orders", type=int, default=50, help="orders open at each kill -9 of all (default 50)")
+    parser.add_argument(
+        "--orders", type=int, default=None, help="most orders open at a time (80), or open at each kill of all (50)"
+    )
     parser.add_argument("--out", type=Path, default=Path(".faults"), help="folder for reports and failed runs")
     parser.add_argument("--keep", action="store_true", help="keep the data of a run without violations, too")
     given = parser.parse_args()
@@ -34,7 +36,7 @@ def main() -> int:
         rate=given.rate,
         pause=given.pause,
         kills=given.kill_everything,
-        orders=given.orders,
+        orders=given.orders or (50 if given.kill_everything else 80),
         out=given.out,
         keep=given.keep,
     )

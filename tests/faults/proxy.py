@@ -54,12 +54,13 @@ class _Connection:
         self._client = client
         self._server: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._swallow = False
+        self._gone = asyncio.Event()
         self.frozen = False
 
     async def serve(self) -> None:
         """Carry bytes until one side is gone."""
         try:
-            self._server = await asyncio.open_connection("127.0.0.1", self._proxy.target)
+            self._server = await asyncio.open_connection(self._proxy.host, self._proxy.target)
             spotter = CommitSpotter(self._commit_seen)
             to_server = self._pump(self._client[0], self._server[1], spotter.feed if self._proxy.postgres else None)
             to_client = self._pump(self._server[0], self._client[1], self._maybe_swallow)
@@ -89,7 +90,7 @@ class _Connection:
             pass
         if self.frozen:
             # Half-open means that not even the end of the other side is seen.
-            await asyncio.sleep(3600)
+            await self._gone.wait()
 
     def _commit_seen(self) -> None:
         if self._proxy.commits_to_lose > 0 and not self._swallow:
@@ -105,17 +106,19 @@ class _Connection:
 
     def cut(self) -> None:
         """End both sides at once, without a farewell."""
+        self._gone.set()
         for side in (self._client, self._server):
             if side is not None:
                 side[1].transport.abort()
 
 
 class Proxy:
-    """Listens on a port of its own and carries every connection to `target`."""
+    """Listens on a port of its own and carries every connection to the port `target` of `host`."""
 
-    def __init__(self, name: str, target: int, *, postgres: bool = False) -> None:
+    def __init__(self, name: str, target: int, *, host: str = "127.0.0.1", postgres: bool = False) -> None:
         self.name = name
         self.target = target
+        self.host = host
         self.postgres = postgres
         self.port = free_port()
         self.delay = 0.0
@@ -123,6 +126,7 @@ class Proxy:
         self.commits_lost = 0
         self.cuts = 0
         self._open: set[_Connection] = set()
+        self._serving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -133,6 +137,7 @@ class Proxy:
         finally:
             server.close()
             self.cut()
+            await asyncio.gather(*self._serving, return_exceptions=True)
 
     def cut(self) -> None:
         """Cut every connection; new ones work."""
@@ -156,7 +161,10 @@ class Proxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self, (reader, writer))
         self._open.add(connection)
+        serving = asyncio.create_task(connection.serve())
+        self._serving.add(serving)
         try:
-            await connection.serve()
+            await asyncio.wait({serving})
         finally:
             self._open.discard(connection)
+            self._serving.discard(serving)

@@ -26,9 +26,6 @@ from tests.faults.stack import Stack, eventually
 #: After the storm, stories go on without faults until the missing failpoints were hit, at most so many seconds.
 COVERAGE_EXTRA = 180.0
 
-#: Open orders at which no new ones are started: a queue that only grows would test patience, and nothing else.
-MOST_OPEN = 80
-
 #: Seconds between two kills of everything that leave no time to recover: the second one hits the recovery.
 RECOVERY = (1.0, 6.0)
 
@@ -51,7 +48,9 @@ class Plan:
         """Replays this run."""
         if self.kills:
             return f"python -m tests.faults --kill-everything {self.kills} --orders {self.orders} --seed {self.seed}"
-        return f"make faults MINUTES={self.minutes:g} SEED={self.seed}"
+        pace = f' ARGS="--rate {self.rate:g} --pause {self.pause:g} --orders {self.orders}"'
+        usual = (self.rate, self.pause, self.orders) == (2.5, 8.0, 80)
+        return f"make faults MINUTES={self.minutes:g} SEED={self.seed}{'' if usual else pace}"
 
 
 @dataclass
@@ -164,11 +163,12 @@ class Run:
         return Customers(url=stack.api_url, temporal=temporal, dice=dice, prefix=prefix)
 
     async def _arrivals(self, stack: Stack, customers: Customers) -> None:
-        """Orders at the rate asked for, but never more open ones than the machine can carry to an end."""
+        """Orders at the rate asked for, as long as no more are open than asked for: a queue that only grows would
+        test patience, and nothing else."""
         for story in STORIES:
             customers.begin(story)
         while True:
-            if await self._waiting(stack, customers) < MOST_OPEN:
+            if await self._waiting(stack, customers) < self._plan.orders:
                 customers.begin()
             await asyncio.sleep(1 / self._plan.rate)
 
@@ -185,7 +185,7 @@ class Run:
         while (missing := stack.plan.missing()) and time.monotonic() < deadline:
             self._say(f"{len(missing)} of {len(NAMES) * len(Action)} failpoint actions not hit yet")
             stack.renew_stale()
-            if await self._waiting(stack, customers) < MOST_OPEN:
+            if await self._waiting(stack, customers) < self._plan.orders:
                 for activity in sorted({name.split(".")[0] for name, _ in missing}):
                     for story in LEADS_TO[activity] * 3:
                         customers.begin(story)

@@ -33,6 +33,9 @@ PATIENCE_WITH_A_WORKER = 30.0
 #: Ends that a process of the product may have: told to stop, killed by us, killed by a failpoint.
 _EXPECTED_ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, failpoints.EXIT_CODE}
 
+#: A worker that loses Temporal between its first look and its first poll ends, for its supervisor to start it again.
+_GAVE_UP_AT_START = ("Worker validation failed", "Failed client connect")
+
 
 @dataclass
 class Member:
@@ -170,8 +173,8 @@ class Stack:
         code = code if code is not None else -signal.SIGKILL
         member.ends.append(code)
         self.deaths += code == failpoints.EXIT_CODE
-        if code not in _EXPECTED_ENDS:
-            tail = member.process.tail() if member.process else ""
+        tail = member.process.tail() if member.process else ""
+        if code not in _EXPECTED_ENDS and not (code == 1 and any(words in tail for words in _GAVE_UP_AT_START)):
             self.surprises.append(f"{member.name} ended by itself with code {code}:\n{tail}")
 
     async def _restart_the_dead(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import struct
 from pathlib import Path
 from random import Random
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -41,10 +42,12 @@ def test_commits_are_spotted_in_any_pieces(piece: int) -> None:
 
 
 async def test_the_commit_is_done_and_its_reply_is_lost(servers: Servers, empty_database_url: str) -> None:
-    port = int(empty_database_url.rsplit(":", 1)[1].split("/")[0])
-    proxy = Proxy("test", port, postgres=True)
+    server = urlsplit(empty_database_url)
+    assert server.hostname
+    assert server.port
+    proxy = Proxy("test", server.port, host=server.hostname, postgres=True)
     async with proxy.listening():
-        connection = await asyncpg.connect(empty_database_url.replace(f":{port}/", f":{proxy.port}/"))
+        connection = await asyncpg.connect(empty_database_url, host="127.0.0.1", port=proxy.port)
         await connection.execute("CREATE TABLE told (what text)")
         proxy.commits_to_lose = 1
         with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):

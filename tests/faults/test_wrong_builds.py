@@ -123,10 +123,14 @@ async def test_event_outside_the_transaction(
 class Unlocked(PaymentRepository):
     """Looks before it leaps, without holding on to what it saw: the check and the write are two moments."""
 
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        super().__init__(pool)
+        self.both_have_looked = asyncio.Barrier(2)
+
     async def complete_charge(self, request: ChargeRequest, receipt: Any) -> None:
         async with self._pool.acquire() as connection:
             state = await connection.fetchval("SELECT state FROM orders WHERE id = $1", request.order_id)
-            await asyncio.sleep(0.05)
+            await self.both_have_looked.wait()
             if state == Step.CHARGING:
                 async with connection.transaction():
                     await connection.execute(

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
+from pydantic import ValidationError
 
+from app.reconcile.models import ReconcileReport
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
@@ -34,13 +36,22 @@ async def drained(stack: Stack, say: Callable[[str], None]) -> list[str]:
             fewest, since = len(left), time.monotonic()
         if time.monotonic() - since > STUCK:
             return [f"stuck for {STUCK:.0f} s: order {order} at {step}" for order, step in left[:50]]
-        code, output = await stack.command("reconcile", "--apply", "--json", "--grace", str(GRACE))
-        if code not in {0, 1}:
-            return [f"`trellis reconcile --apply` ended with {code}: {output[-500:]}"]
+        if problem := await _reconciled(stack, "--grace", str(GRACE)):
+            return [problem]
         await asyncio.sleep(5)
-    code, output = await stack.command("reconcile", "--apply", "--json", "--grace", "0", "--settle", "0")
     say("every order is closed")
-    return [] if code in {0, 1} else [f"the last `trellis reconcile --apply` ended with {code}: {output[-500:]}"]
+    problem = await _reconciled(stack, "--grace", "0", "--settle", "0")
+    return [problem] if problem else []
+
+
+async def _reconciled(stack: Stack, *options: str) -> str | None:
+    """What is wrong with a pass of `trellis reconcile`. That it leaves something for the next one is not."""
+    code, output = await stack.command("reconcile", "--apply", "--json", *options)
+    try:
+        ReconcileReport.model_validate_json(output)
+    except ValidationError:
+        return f"`trellis reconcile --apply` ended with {code} and no report: {output[-500:]}; see commands.log"
+    return None
 
 
 async def audited(stack: Stack) -> dict[str, Any]:
