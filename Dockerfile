@@ -96,8 +96,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pyt
 FROM product AS test
 COPY --from=test-dependencies /opt/test /opt/venv
 COPY . /srv/trellis
-# The root file system may be read-only, and belongs to root in any case.
-ENV PYTEST_ADDOPTS="-p no:cacheprovider" \
+# The root file system may be read-only, and belongs to root in any case. /tmp is memory then, and the servers that some
+# tests start leave 50 MB each: nothing is kept for looking at later.
+ENV PYTEST_ADDOPTS="-p no:cacheprovider -o tmp_path_retention_policy=none" \
     HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis \
     COVERAGE_FILE=/tmp/coverage
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,6 +34,18 @@ for _name in [*os.environ]:
 os.environ["TRELLIS_LOG_FORMAT"] = "json"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files of this run go to a directory of its own.
+
+    By default they would go below one that all runs of a user share, and every pytest that starts takes the rights of
+    others away from that: PostgreSQL, which does not run as root, then loses its files under a run as root.
+    """
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="trellis-pytest-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+
+
 @dataclass(frozen=True)
 class Servers:
     """Addresses of the servers this run uses."""
@@ -53,8 +67,6 @@ async def servers() -> AsyncIterator[Servers]:
             # The wheels with the servers are not needed where servers are given, as in the container.
             from app.local.stack import LocalStack
 
-            # Not below pytest's own temporary directory: every pytest that starts takes the rights of others away from
-            # that, and PostgreSQL, which does not run as root, would lose its files under a run as root.
             local = await stack.enter_async_context(LocalStack(durable=False))
             given = local.database_url, local.temporal_address
         database_url, temporal_address = given
