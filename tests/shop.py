@@ -238,6 +238,17 @@ class Shop:
         finally:
             await self.open()
 
+    @asynccontextmanager
+    async def without_shipping(self) -> AsyncIterator[None]:
+        """Nobody works on shipments while the block runs."""
+        orders, shipments = self.parts()
+        await self.close()
+        await self.open(parts=[orders])
+        try:
+            yield
+        finally:
+            await self.open(parts=[shipments])
+
     async def order(
         self,
         payment: str = "pay",

@@ -127,17 +127,14 @@ async def test_a_recalled_shipment_whose_parent_was_terminated_refunds_by_itself
 
 async def _without_parent(shop: Shop, *, address: Any = HOME, cancel: bool = False) -> Order:
     """An order whose workflow is terminated before its shipment has done anything."""
-    orders, shipments = shop.parts()
-    await shop.close()
-    await shop.open(parts=[orders])
-    order = await shop.approved(address=address)
-    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    if cancel:
-        await order.cancel()
-        await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
-    await order.workflow.terminate("as an operator would")
-    assert (await order.status())[0] is Step.CHARGED
-    await shop.open(parts=[shipments])
+    async with shop.without_shipping():
+        order = await shop.approved(address=address)
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        if cancel:
+            await order.cancel()
+            await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
+        await order.workflow.terminate("as an operator would")
+        assert (await order.status())[0] is Step.CHARGED
     return order
 
 
@@ -155,13 +152,10 @@ async def test_an_order_whose_shipment_was_terminated_asks_for_the_parcel_and_re
 
 
 async def test_an_order_whose_shipment_was_terminated_before_it_began_is_refunded(shop: Shop) -> None:
-    orders, shipments = shop.parts()
-    await shop.close()
-    await shop.open(parts=[orders])
-    order = await shop.approved()
-    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    await order.shipment.terminate("as an operator would")
-    await shop.open(parts=[shipments])
+    async with shop.without_shipping():
+        order = await shop.approved()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.shipment.terminate("as an operator would")
     assert await order.ends() is Step.SHIPPING_FAILED
     assert await order.path() == [*PREPARED[:4], "shipping_failed"]
 
@@ -209,14 +203,11 @@ async def test_a_cancelled_order_tells_its_shipment(shop: Shop) -> None:
 
 
 async def test_a_new_address_is_passed_on_to_the_running_shipment(shop: Shop) -> None:
-    orders, shipments = shop.parts()
-    await shop.close()
-    await shop.open(parts=[orders])
-    order = await shop.approved()
-    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    await order.send_to(OFFICE)
-    await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
-    await shop.open(parts=[shipments])
+    async with shop.without_shipping():
+        order = await shop.approved()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.send_to(OFFICE)
+        await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
     assert await order.ends() is Step.SHIPPED
     assert await _signals(order.shipment) == ["address"]
     found = await shop.ledger.find_parcel(order.id)

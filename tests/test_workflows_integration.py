@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 
 from app.errors import TooLate
-from app.order.models import MAX_REVIEW_SECONDS, OrderStatus, Review, Verdict
+from app.order.activities import OrderActivities
+from app.order.models import MAX_REVIEW_SECONDS, AddressChange, OrderStatus, Review, Verdict
+from app.order.repository import OrderRepository
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
 from app.steps import Step
@@ -214,6 +216,7 @@ async def test_a_decision_in_the_same_workflow_task_as_the_timer_wins(shop: Shop
         await both.approve()
         await both.cancel()
     assert await asyncio.gather(*(order.ends() for order in orders)) == [Step.SHIPPED, Step.CANCELLED, Step.CANCELLED]
+    assert "charge" not in await both.activities()
     for order in orders:
         # The very situation this test is about: timer, then signal, then the one task that sees both.
         kinds = [event.event_type for event in await order.history()]
@@ -225,16 +228,19 @@ async def test_a_decision_in_the_same_workflow_task_as_the_timer_wins(shop: Shop
 async def test_when_approval_and_cancellation_are_both_there_before_the_charge_the_cancellation_wins(
     shop: Shop,
 ) -> None:
+    parked = await shop.order()
+    await parked.recorded(EventType.EVENT_TYPE_TIMER_STARTED)
     async with shop.closed():
         first_approved, first_cancelled = await shop.order(), await shop.order()
-        await first_approved.approve()
-        await first_approved.cancel()
+        for order in (first_approved, parked):
+            await order.approve()
+            await order.cancel()
         await first_cancelled.cancel()
         await first_cancelled.approve()
-    for order in (first_approved, first_cancelled):
+    for order in (first_approved, first_cancelled, parked):
         assert await order.ends() is Step.CANCELLED
-        assert not await shop.ledger.charges_of(order.payment_id)
         assert "charge" not in await order.activities()
+        assert not await shop.ledger.charges_of(order.payment_id)
 
 
 async def test_only_the_first_decision_counts_and_every_other_is_told(shop: Shop) -> None:
@@ -340,16 +346,11 @@ async def test_an_order_cancelled_during_a_charge_that_is_declined_was_never_pai
 
 
 async def test_an_order_cancelled_before_the_shipment_began_is_refunded(shop: Shop) -> None:
-    # Nobody works on shipments: the cancellation is there before the shipment's first task.
-    order_part, shipping_part = shop.parts()
-    await shop.close()
-    await shop.open(parts=[order_part])
-    order = await shop.approved()
-    await order.reaches(Step.CHARGED)
-    await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-    await order.cancel()
-    await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
-    await shop.open(parts=[shipping_part])
+    async with shop.without_shipping():
+        order = await shop.approved()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.cancel()
+        await order.recorded(EventType.EVENT_TYPE_EXTERNAL_WORKFLOW_EXECUTION_SIGNALED)
     assert await order.ends() is Step.CANCELLED
     assert await order.path() == ["received", "awaiting_review", "charging", "charged", "prepared", "cancelled"]
     assert [event.type for event in await order.events("recalled", "refunded")] == ["recalled", "refunded"]
@@ -520,6 +521,58 @@ async def test_of_many_addresses_the_last_one_stays(shop: Shop) -> None:
     assert await _sent_to(order) == at_zip("62703")
 
 
+class _SlowToWriteAddresses(OrderRepository):
+    """The real table, reached late."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__(pool)
+        self.released = asyncio.Event()
+
+    async def change_address(self, change: AddressChange, key: str) -> bool:
+        await self.released.wait()
+        return await super().change_address(change, key)
+
+
+async def test_a_shipment_does_not_overtake_an_address_that_was_sent_before_it(shop: Shop) -> None:
+    slow = _SlowToWriteAddresses(shop.pool)
+    late = OrderActivities(slow).change_address
+    orders, shipments = shop.parts()
+    orders = replace(orders, activities=[late if _is(each, late) else each for each in orders.activities])
+    async with shop.closed(), shop.serving(parts=[orders, shipments]):
+        order = await shop.order()
+        await order.send_to(OFFICE)
+        await order.approve()
+        await order.reaches(Step.CHARGED)
+        await until(lambda: _has_seen_the_charge(order), "the workflow to go on after the charge")
+        kinds = [event.event_type for event in await order.history()]
+        slow.released.set()
+        assert await order.ends() is Step.SHIPPED
+    assert EventType.EVENT_TYPE_START_CHILD_WORKFLOW_EXECUTION_INITIATED not in kinds
+    assert await _sent_to(order) == OFFICE
+
+
+def _is(one: Any, other: Any) -> bool:
+    return bool(one.__name__ == other.__name__)
+
+
+async def _has_seen_the_charge(order: Order) -> bool:
+    history = await order.history()
+    (scheduled,) = (
+        event.event_id
+        for event in history
+        if event.activity_task_scheduled_event_attributes.activity_type.name == "charge"
+    )
+    charged = [
+        event.event_id
+        for event in history
+        if event.activity_task_completed_event_attributes.scheduled_event_id == scheduled
+    ]
+    return bool(charged) and any(
+        event.event_id > charged[0] and event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
+        for event in history
+    )
+
+
 async def test_an_address_is_refused_from_the_handover_on(shop: Shop) -> None:
     order = await shop.order()
     async with shop.withholding(order.id):
@@ -548,7 +601,7 @@ def _json(text: str) -> RawValue:
     return RawValue(Payload(metadata={"encoding": b"json/plain"}, data=text.encode()))
 
 
-FOREIGN = {
+FOREIGN: dict[str, list[Any]] = {
     "nothing": [],
     "null": [_json("null")],
     "no value at all": [RawValue(Payload(metadata={"encoding": b"binary/null"}))],
