@@ -216,7 +216,7 @@ def test_the_auditor_sees(ledgers: books.Books, what: str, problem: str) -> None
 
 def _spoiled(ledgers: books.Books, what: str) -> books.Books:
     orders, events, payments = ledgers.orders, ledgers.events, ledgers.payments
-    shipped, refunded = orders
+    shipped, refunded = sorted(orders, key=lambda order: orders[order]["state"] != "shipped")
     paid, repaid = (payments[order]["payment_id"] for order in orders)
     charge, back, told = ledgers.charges[paid][0], ledgers.refunds[repaid][0], events[shipped]
     spoiled: dict[str, dict[str, Any]] = {
