@@ -217,7 +217,7 @@ def test_the_auditor_sees(ledgers: books.Books, what: str, problem: str) -> None
 def _spoiled(ledgers: books.Books, what: str) -> books.Books:
     orders, events, payments = ledgers.orders, ledgers.events, ledgers.payments
     shipped, refunded = sorted(orders, key=lambda order: orders[order]["state"] != "shipped")
-    paid, repaid = (payments[order]["payment_id"] for order in orders)
+    paid, repaid = (payments[order]["payment_id"] for order in (shipped, refunded))
     charge, back, told = ledgers.charges[paid][0], ledgers.refunds[repaid][0], events[shipped]
     spoiled: dict[str, dict[str, Any]] = {
         "charged twice": {"charges": {**ledgers.charges, paid: [charge, replace(charge, id="ch-2")]}},
