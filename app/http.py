@@ -184,8 +184,8 @@ async def _temporal_problem(request: Request, error: Exception) -> ProblemRespon
 
 
 async def _runtime_problem(request: Request, error: Exception) -> ProblemResponse:
-    # The SDK's client raises a bare RuntimeError as long as it never had a connection.
-    if "Failed client connect" in str(error) or "transport error" in str(error):
+    assert isinstance(error, RuntimeError)  # noqa: S101
+    if temporal.is_unavailable(error):
         return problem(503, "Temporal did not answer", _AGAIN, code="TemporalUnavailable")
     return await _unexpected_problem(request, error)
 

@@ -43,14 +43,17 @@ UNAVAILABLE: Final = frozenset(
 )
 
 
-def is_unavailable(error: RPCError) -> bool:
+def is_unavailable(error: RPCError | RuntimeError) -> bool:
     """Whether the same call may well succeed in a moment.
 
     A connection that breaks in the middle of a call, as behind a proxy or load balancer whose server is gone, is
-    UNKNOWN to the SDK; only its words tell it from an error of the server.
+    UNKNOWN to the SDK; and as long as its client never had a connection, it raises a bare RuntimeError. Only their
+    words tell them from an error of the server, or of ours.
     """
-    broken = error.status is RPCStatusCode.UNKNOWN and "transport error" in error.message
-    return broken or error.status in UNAVAILABLE
+    if isinstance(error, RPCError):
+        broken = error.status is RPCStatusCode.UNKNOWN and "transport error" in error.message
+        return broken or error.status in UNAVAILABLE
+    return "Failed client connect" in str(error) or "transport error" in str(error)
 
 
 log = structlog.get_logger(__name__)

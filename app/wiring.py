@@ -41,7 +41,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     async with AsyncExitStack() as stack:
         stack.push_async_callback(tracing.flush)
         pool = await stack.enter_async_context(db.create_pool(settings))
-        partners = await stack.enter_async_context(_partners(settings))
+        partners = await stack.enter_async_context(open_partners(settings))
         services = Services(
             settings=settings,
             pool=pool,
@@ -54,24 +54,23 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
 
 
 @dataclass(frozen=True)
-class _Partners:
+class Partners:
+    """HTTP clients of those the product works with."""
+
     payment: httpx.AsyncClient
     carrier: httpx.AsyncClient
 
 
 @asynccontextmanager
-async def _partners(settings: Settings) -> AsyncIterator[_Partners]:
+async def open_partners(settings: Settings) -> AsyncIterator[Partners]:
     """HTTP clients of the payment provider and the carrier; the sandbox, in this process, for one without a URL."""
     async with AsyncExitStack() as stack:
         sandbox = None
         if not (settings.payment_url and settings.carrier_url):
             # Only the sandbox needs it, and a set-up with real partners should not load it.
-            from app.sandbox.app import create_sandbox
-            from app.sandbox.ledger import Ledger
+            from app.sandbox.app import open_sandbox
 
-            ledger = Ledger((settings.sandbox_database_url or settings.database_url).get_secret_value())
-            stack.push_async_callback(ledger.close)
-            sandbox = create_sandbox(ledger)
+            sandbox = await stack.enter_async_context(open_sandbox(settings))
 
         def client(url: str | None, path: str) -> httpx.AsyncClient:
             built = httpx.AsyncClient(
@@ -83,7 +82,7 @@ async def _partners(settings: Settings) -> AsyncIterator[_Partners]:
             tracing.instrument_client(built)
             return built
 
-        yield _Partners(
+        yield Partners(
             payment=await stack.enter_async_context(client(settings.payment_url, "/payments")),
             carrier=await stack.enter_async_context(client(settings.carrier_url, "/carrier")),
         )

@@ -17,7 +17,6 @@ from app.cli.client import AsJson, ExitCode
 if TYPE_CHECKING:
     from app.audit.auditor import Options, Sources
     from app.audit.models import Report
-    from app.audit.partners import LedgerBooks
     from app.settings import Settings
     from app.wiring import Services
 
@@ -91,39 +90,19 @@ async def _audit(settings: Settings, partners: Partners, temporal: bool, options
 async def _sources(services: Services, partners: Partners, temporal: bool) -> AsyncIterator[Sources]:
     from app.audit.auditor import Sources
     from app.audit.executions import Executions
-    from app.audit.partners import GatewayBooks
+    from app.audit.partners import GatewayBooks, LedgerBooks
+    from app.wiring import open_partners
 
     executions = Executions(services.temporal) if temporal else None
     built_in = not (services.settings.payment_url or services.settings.carrier_url)
     if partners is Partners.LEDGER or (partners is Partners.AUTO and built_in):
-        async with _ledgers(services.settings) as books:
+        async with open_partners(services.settings) as opened:
+            books = LedgerBooks(opened.payment, opened.carrier)
             yield Sources(executions, provider=books, carrier=books)
     elif partners is Partners.NONE:
         yield Sources(executions)
     else:
         yield Sources(executions, provider=GatewayBooks(services.gateway))
-
-
-@asynccontextmanager
-async def _ledgers(settings: Settings) -> AsyncIterator[LedgerBooks]:
-    """The partners' `/v1/ledger`: at their URLs, or the built-in sandbox's."""
-    import httpx
-
-    from app.audit.partners import LedgerBooks
-    from app.sandbox.app import open_sandbox
-
-    async with open_sandbox(settings) as sandbox:
-        transport = httpx.ASGITransport(app=sandbox, raise_app_exceptions=False)
-
-        def client(url: str | None, path: str) -> httpx.AsyncClient:
-            return httpx.AsyncClient(
-                base_url=url or f"http://sandbox{path}",
-                transport=None if url else transport,
-                timeout=settings.partner_timeout,
-            )
-
-        async with client(settings.payment_url, "/payments") as payments, client(settings.carrier_url, "/carrier") as c:
-            yield LedgerBooks(payments, c)
 
 
 def _print(report: Report) -> None:

@@ -191,23 +191,10 @@ class SignalBody(BaseModel):
 
 
 class SignalPayload(BaseModel):
-    """Argument of the signals `approve` and `cancel`: nothing is needed, and nothing makes them undecodable.
-
-    An undecodable signal would be dropped with a line in a log; a person's decision must not be.
-    """
+    """Argument of the update `cancel_order`, and what the API sends with the signals `approve` and `cancel`: nothing
+    is needed, and nothing makes it undecodable."""
 
     model_config = ConfigDict(extra="allow")
-
-
-class AddressSignal(BaseModel):
-    """Argument of the signal `address`, decoded from anything; the workflow validates it as an `Address`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    line1: Any = None
-    city: Any = None
-    state: Any = None
-    zip: Any = None
 
 
 class CloseOrder(BaseModel):

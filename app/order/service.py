@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio.client import (
-    WorkflowExecutionStatus,
     WorkflowHandle,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
@@ -19,7 +18,6 @@ from temporalio.service import RPCError, RPCStatusCode
 from app import metrics
 from app.errors import OrderConflict, OrderNotFound, PaymentConflict, ServiceUnavailable, TooLate
 from app.order.models import (
-    AddressSignal,
     Decided,
     OrderInput,
     OrderStatus,
@@ -143,9 +141,7 @@ class OrderService:
         await self._signal(
             order_id,
             "address",
-            self._handle(order_id).signal(
-                OrderWorkflow.address, AddressSignal(**address.model_dump()), rpc_timeout=self._timeout
-            ),
+            self._handle(order_id).signal(OrderWorkflow.address, address, rpc_timeout=self._timeout),
         )
 
     async def _signal(self, order_id: str, name: str, call: Awaitable[None]) -> None:
@@ -199,7 +195,7 @@ class OrderService:
             OrderNotFound: nobody knows the order.
         """
         status = await self._orders.status(order_id)
-        if status is None and await self._execution_status(order_id) is not None:
+        if status is None and await self._is_known_to_temporal(order_id):
             status = await self._orders.status(order_id) or OrderStatus(
                 order_id=order_id, step=Step.RECEIVED, last_error=None
             )
@@ -222,14 +218,14 @@ class OrderService:
             status = await self.status(order_id)
             raise TooLate(f"{order_id} is {status.step}") from error
 
-    async def _execution_status(self, order_id: str) -> WorkflowExecutionStatus | None:
+    async def _is_known_to_temporal(self, order_id: str) -> bool:
         try:
-            description = await self._handle(order_id).describe(rpc_timeout=self._timeout)
+            await self._handle(order_id).describe(rpc_timeout=self._timeout)
         except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
-                return None
+                return False
             raise
-        return description.status
+        return True
 
 
 def _refusal(error: WorkflowUpdateFailedError, order_id: str) -> Exception:

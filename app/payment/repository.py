@@ -79,7 +79,7 @@ class PaymentRepository:
     async def complete_charge(self, request: ChargeRequest, receipt: Receipt) -> None:
         """Write down what was charged, and enter `charged`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            settled = await connection.execute(_CHARGED, request.payment_id, receipt.money.amount, receipt.reference)
+            settled = await mark_charged(connection, request.payment_id, receipt)
             reach("charge.in_settlement")
             move = await events.enter(
                 connection,
@@ -93,7 +93,7 @@ class PaymentRepository:
     async def fail_charge(self, request: ChargeRequest, reason: str) -> None:
         """Write down that the provider declined, and enter `payment_failed`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            settled = await connection.execute(_FAILED, request.payment_id)
+            settled = await mark_failed(connection, request.payment_id)
             reach("charge.in_settlement")
             move = await _close_unpaid(connection, request, reason)
         _count(settled, PaymentStatus.FAILED)
@@ -138,6 +138,16 @@ class PaymentRepository:
             )
         _count(settled, PaymentStatus.REFUNDED)
         metrics.entered(request.close_as, move)
+
+
+async def mark_charged(connection: Connection, payment_id: str, receipt: Receipt) -> str:
+    """INIT becomes CHARGED, with what the provider said; the command tag tells whether it was INIT."""
+    return await connection.execute(_CHARGED, payment_id, receipt.money.amount, receipt.reference)
+
+
+async def mark_failed(connection: Connection, payment_id: str) -> str:
+    """INIT becomes FAILED; the command tag tells whether it was INIT."""
+    return await connection.execute(_FAILED, payment_id)
 
 
 def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisError | None:

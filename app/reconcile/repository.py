@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import events
 from app.money import Money
+from app.payment.repository import mark_charged, mark_failed
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
@@ -28,15 +29,6 @@ WHERE payments.status = 'INIT' AND orders.id > $1 AND orders.state = ANY($2)
   AND state_since <= clock_timestamp() - make_interval(secs => $3)
 ORDER BY orders.id LIMIT $4
 """  # noqa: S608
-
-_CHARGED_LATE = """
-UPDATE payments SET status = 'CHARGED', amount = $2, provider_reference = $3, settled_at = clock_timestamp()
-WHERE payment_id = $1 AND status = 'INIT'
-"""
-
-_NEVER_CHARGED = """
-UPDATE payments SET status = 'FAILED', settled_at = clock_timestamp() WHERE payment_id = $1 AND status = 'INIT'
-"""
 
 _OWNER = "SELECT order_id FROM payments WHERE payment_id = $1"
 
@@ -75,14 +67,14 @@ class LeftBehind:
         """The charge of a closed order went through after all; it is still to be given back."""
         payload = {"found": "a charge after the order was closed", "reference": receipt.reference}
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_CHARGED_LATE, left.payment_id, receipt.money.amount, receipt.reference)
+            await mark_charged(connection, left.payment_id, receipt)
             await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
 
     async def never_charged(self, left: Left) -> None:
         """The charge of a closed order did not go through."""
         payload = {"found": "no charge at the provider"}
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_NEVER_CHARGED, left.payment_id)
+            await mark_failed(connection, left.payment_id)
             await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
 
     async def payment_owner(self, payment_id: str) -> str | None:
