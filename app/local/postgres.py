@@ -15,6 +15,7 @@ from app.local.privileges import Account, account_for, open_tree, open_way, owne
 from app.local.processes import (
     Launch,
     LocalError,
+    LocalServer,
     Report,
     ServerProcess,
     Stage,
@@ -66,7 +67,7 @@ class DataUnusable(LocalError):
     """The data directory cannot be used"""
 
 
-class LocalPostgres:
+class LocalPostgres(LocalServer):
     """One PostgreSQL server on 127.0.0.1 with its files in `data`.
 
     Args:
@@ -78,28 +79,17 @@ class LocalPostgres:
     """
 
     def __init__(self, data: Path, port: int = 0, *, log: Path, durable: bool = True, report: Report = silent) -> None:
+        super().__init__(NAME)
         self.data = data.resolve()
         self.port = port
         self.log = log
         self._report = report
         self._durable = durable
         self._bin = _programs()
-        self._process: ServerProcess | None = None
 
     def url(self, database: str = USER) -> str:
         """Address of a database for asyncpg, psycopg and psql."""
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
-
-    @property
-    def process(self) -> ServerProcess:
-        """The running server.
-
-        Raises:
-            LocalError: it was not started.
-        """
-        if self._process is None:
-            raise LocalError(f"{NAME} is not started")
-        return self._process
 
     async def prepare(self) -> None:
         """Make sure that a server can be started: nothing of an earlier run is left, and the port is free.
@@ -143,11 +133,6 @@ class LocalPostgres:
         """
         if self._process is not None:
             await self._process.stop(_STOP[mode])
-
-    def hurry(self) -> None:
-        """Shorten a `stop` that is under way or to come."""
-        if self._process is not None:
-            self._process.hurry()
 
     async def ensure_database(self, name: str) -> None:
         """Create the database `name`, owned by the role of `url`, unless it exists."""

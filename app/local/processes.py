@@ -214,6 +214,30 @@ class ServerProcess:
         await until(lambda: not self.running or (self._hurry and time.monotonic() > hurried_end), grace)
 
 
+class LocalServer:
+    """A server that runs as one child process, once it was started."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._process: ServerProcess | None = None
+
+    @property
+    def process(self) -> ServerProcess:
+        """The running server.
+
+        Raises:
+            LocalError: it was not started.
+        """
+        if self._process is None:
+            raise LocalError(f"{self._name} is not started")
+        return self._process
+
+    def hurry(self) -> None:
+        """Shorten a `stop` that is under way or to come."""
+        if self._process is not None:
+            self._process.hurry()
+
+
 async def run_tool(name: str, launch: Launch) -> None:
     """Run a program to its end.
 

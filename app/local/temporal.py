@@ -15,6 +15,7 @@ from pathlib import Path
 from app.local.processes import (
     Launch,
     LocalError,
+    LocalServer,
     Report,
     ServerProcess,
     Stage,
@@ -35,7 +36,7 @@ _DURABLE = ["journal_mode=wal", "synchronous=full"]
 _NOT_DURABLE = ["journal_mode=wal", "synchronous=off"]
 
 
-class LocalTemporal:
+class LocalTemporal(LocalServer):
     """One Temporal dev server on 127.0.0.1.
 
     Args:
@@ -63,6 +64,7 @@ class LocalTemporal:
         durable: bool = True,
         report: Report = silent,
     ) -> None:
+        super().__init__(NAME)
         self.data = data.resolve() if data is not None else None
         self.port = port
         self.ui_port = ui_port
@@ -73,23 +75,11 @@ class LocalTemporal:
         self._durable = durable
         self._report = report
         self._program = _program()
-        self._process: ServerProcess | None = None
 
     @property
     def address(self) -> str:
         """The frontend, as `Client.connect` takes it."""
         return f"127.0.0.1:{self.port}"
-
-    @property
-    def process(self) -> ServerProcess:
-        """The running server.
-
-        Raises:
-            LocalError: it was not started.
-        """
-        if self._process is None:
-            raise LocalError(f"{NAME} is not started")
-        return self._process
 
     async def prepare(self) -> None:
         """Make sure that a server can be started: nothing of an earlier run is left, and the ports are free.
@@ -133,11 +123,6 @@ class LocalTemporal:
         """Kill the server, as a crash would."""
         if self._process is not None:
             await self._process.stop([])
-
-    def hurry(self) -> None:
-        """Shorten a `stop` that is under way or to come."""
-        if self._process is not None:
-            self._process.hurry()
 
     async def _is_ready(self) -> bool:
         if not await _accepts(self.port):
