@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,6 +25,7 @@ from app.http import create_app
 from app.main import create
 from app.settings import Settings
 from app.wiring import Services, open_services
+from tests import databases
 from tests.support import running_workers, serving
 
 # What this machine or container sets for the product is not meant for its tests: the product's metrics port is taken.
@@ -78,41 +79,30 @@ async def servers() -> AsyncIterator[Servers]:
 @pytest.fixture(scope="session")
 async def template(servers: Servers) -> AsyncIterator[str]:
     """The name of a migrated database, to be copied."""
-    name = f"trellis_test_template_{uuid.uuid4().hex[:8]}"
-    async with _database(servers, name):
-        await asyncio.to_thread(db.migrate, servers.url(name))
-        yield name
+    async with databases.database(servers.admin_url) as url:
+        await asyncio.to_thread(db.migrate, url)
+        yield urlsplit(url).path.removeprefix("/")
 
 
 @pytest.fixture
 async def database_url(servers: Servers, template: str) -> AsyncIterator[str]:
     """A fresh, migrated database."""
-    name = f"trellis_test_{uuid.uuid4().hex[:12]}"
-    async with _database(servers, name, template):
-        yield servers.url(name)
+    async with databases.database(servers.admin_url, template) as url:
+        yield url
 
 
 @pytest.fixture
 async def empty_database_url(servers: Servers) -> AsyncIterator[str]:
     """A fresh database without a schema."""
-    name = f"trellis_test_{uuid.uuid4().hex[:12]}"
-    async with _database(servers, name):
-        yield servers.url(name)
+    async with databases.database(servers.admin_url) as url:
+        yield url
 
 
-@asynccontextmanager
-async def _database(servers: Servers, name: str, template: str = "template1") -> AsyncIterator[None]:
-    admin = await asyncpg.connect(servers.admin_url)
-    try:
-        await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-        yield
-        try:
-            await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-        except asyncpg.InsufficientPrivilegeError:
-            # Autovacuum is at work there. Only a superuser may force it out; without force it is asked to leave.
-            await admin.execute(f'DROP DATABASE IF EXISTS "{name}"')
-    finally:
-        await admin.close()
+@pytest.fixture(scope="module")
+async def shared_database(servers: Servers, template: str) -> AsyncIterator[str]:
+    """One migrated database for a module's tests, which empty it in between."""
+    async with databases.database(servers.admin_url, template) as url:
+        yield url
 
 
 @pytest.fixture

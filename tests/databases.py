@@ -1,4 +1,5 @@
-"""One database for many tests, emptied in between: to make one takes longer than most tests."""
+"""Databases for tests: a fresh one, or one for many tests that is emptied in between, as to make one takes longer than
+most tests."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import asyncpg
 
 
 @asynccontextmanager
-async def database(admin_url: str, template: str) -> AsyncIterator[str]:
-    """The URL of a new database, a copy of `template`."""
+async def database(admin_url: str, template: str = "template1") -> AsyncIterator[str]:
+    """The URL of a new database, a copy of `template`; it is dropped at the end."""
     name = f"trellis_test_{uuid.uuid4().hex[:12]}"
     admin = await asyncpg.connect(admin_url)
     try:

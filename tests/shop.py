@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -39,7 +39,8 @@ from app.shipping.worker import shipping_worker
 from app.steps import Step
 from app.wiring import Services, open_services
 from app.worker import WorkerPart
-from tests import books
+from tests import books, databases
+from tests.support import until
 
 #: Seconds a test waits for what must happen; far more than it takes, because the machine may be busy.
 PATIENCE = 30.0
@@ -55,20 +56,6 @@ def at_zip(zip_code: str) -> Address:
 
 #: Nobody takes a parcel to the first, answers to the second, or is heard to answer to the third, where it is taken.
 REFUSED, UNANSWERED, UNHEARD = at_zip("00002"), at_zip("00005"), at_zip("00006")
-
-
-async def until(holds: Callable[[], Awaitable[Any]], what: str, timeout: float = PATIENCE) -> Any:
-    """Ask again until the answer is truthy, and return it; fails with `what` when it never is."""
-    answer, pause = None, 0.01
-    try:
-        async with asyncio.timeout(timeout):
-            while not (answer := await holds()):
-                await asyncio.sleep(pause)
-                # Soon at first; but a hundred who ask all the time would slow down what they wait for.
-                pause = min(pause * 1.5, 0.1)
-    except TimeoutError:
-        pytest.fail(f"waited {timeout} s for {what}; the last answer was {answer!r}")
-    return answer
 
 
 @dataclass(frozen=True)
@@ -393,12 +380,9 @@ async def _partners(ledger: Ledger, withheld: dict[str, asyncio.Event]) -> Async
 async def fresh_settings(servers: Any, template: str, **more: Any) -> AsyncIterator[Settings]:
     """Settings with a database and task queues of their own, for as long as the block runs."""
     unique = uuid.uuid4().hex[:12]
-    name = f"trellis_test_{unique}"
-    admin = await asyncpg.connect(servers.admin_url)
-    try:
-        await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    async with databases.database(servers.admin_url, template) as url:
         yield Settings(
-            database_url=servers.url(name),
+            database_url=url,
             order_task_queue=f"orders-{unique}",
             shipping_task_queue=f"shipping-{unique}",
             **{
@@ -408,9 +392,6 @@ async def fresh_settings(servers: Any, template: str, **more: Any) -> AsyncItera
                 **more,
             },
         )
-        await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    finally:
-        await admin.close()
 
 
 def seconds(number: float) -> timedelta:

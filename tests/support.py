@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -48,18 +49,31 @@ async def serving(app: object) -> AsyncIterator[str]:
         await running
 
 
+async def until(holds: Callable[[], Awaitable[Any]], what: str | Callable[[], str], timeout: float = 30.0) -> Any:
+    """Ask again until the answer is truthy, and return it; fails with `what` when it never is."""
+    answer, pause = None, 0.01
+    try:
+        async with asyncio.timeout(timeout):
+            while not (answer := await holds()):
+                await asyncio.sleep(pause)
+                # Soon at first; but a hundred who ask all the time would slow down what they wait for.
+                pause = min(pause * 1.5, 0.1)
+    except TimeoutError:
+        told = what if isinstance(what, str) else what()
+        pytest.fail(f"waited {timeout} s for {told}; the last answer was {answer!r}")
+    return answer
+
+
 async def until_step(client: httpx.AsyncClient, order_id: str, *steps: str, timeout: float = 20.0) -> str:
     """Wait until the order is at one of `steps`; fails with where it was instead."""
     step = "nowhere"
-    async with asyncio.timeout(timeout) as limit:
-        try:
-            while True:
-                answer = await client.get(f"/orders/{order_id}/status")
-                step = answer.json().get("step", answer.text)
-                if step in steps:
-                    return step
-                await asyncio.sleep(0.05)
-        except asyncio.CancelledError:
-            if limit.expired():
-                pytest.fail(f"{order_id} is {step}, not {' or '.join(steps)}, after {timeout} s")
-            raise
+
+    async def reached() -> str | None:
+        nonlocal step
+        answer = await client.get(f"/orders/{order_id}/status")
+        step = answer.json().get("step", answer.text)
+        return step if step in steps else None
+
+    wanted = " or ".join(steps)
+    found: str = await until(reached, lambda: f"{order_id} to be {wanted}, and it is {step}", timeout)
+    return found

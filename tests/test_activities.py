@@ -52,7 +52,7 @@ from app.steps import Step
 from tests import databases
 
 if TYPE_CHECKING:
-    from conftest import Servers
+    pass
 
 PRICE = Money(amount=Decimal("19.90"), currency="USD")
 HOME = Address(line1="1 Main St", city="Springfield", state="IL", zip="62701")
@@ -348,12 +348,6 @@ def steps() -> Steps:
 @pytest.fixture
 def mocked(steps: Steps) -> MockedDatabase:
     return MockedDatabase(steps)
-
-
-@pytest.fixture(scope="module")
-async def shared_database(servers: Servers, template: str) -> AsyncIterator[str]:
-    async with databases.database(servers.admin_url, template) as url:
-        yield url
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,8 +35,7 @@ from app.order.models import NoteRequest, OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.settings import Settings
 from app.steps import Step
-from tests import databases
-from tests.support import serving, until_step
+from tests.support import serving, until, until_step
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -57,16 +56,15 @@ def new_id(prefix: str = "o") -> str:
 
 
 @pytest.fixture(scope="module")
-async def shared_settings(servers: Servers, template: str) -> AsyncIterator[Settings]:
-    async with databases.database(servers.admin_url, template) as url:
-        yield Settings(
-            database_url=url,
-            temporal_address=servers.temporal_address,
-            order_task_queue=new_id("orders"),
-            shipping_task_queue=new_id("shipping"),
-            graceful_shutdown_timeout=5,
-            dispatch_attempts=3,
-        )
+def shared_settings(servers: Servers, shared_database: str) -> Settings:
+    return Settings(
+        database_url=shared_database,
+        temporal_address=servers.temporal_address,
+        order_task_queue=new_id("orders"),
+        shipping_task_queue=new_id("shipping"),
+        graceful_shutdown_timeout=5,
+        dispatch_attempts=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +135,6 @@ async def forgotten(temporal: Client, workflow_id: str) -> bool:
             return True
         raise
     return False
-
-
-async def until(condition: Callable[[], Awaitable[Any]], what: str, timeout: float = 30) -> Any:
-    """Wait until the condition holds, and return what it returned."""
-    async with asyncio.timeout(timeout) as limit:
-        try:
-            while True:
-                if found := await condition():
-                    return found
-                await asyncio.sleep(0.05)
-        except asyncio.CancelledError:
-            if limit.expired():
-                pytest.fail(f"waited {timeout} s for {what}")
-            raise
 
 
 async def accepted(client: httpx.AsyncClient, order_id: str | None = None, **request: Any) -> str:

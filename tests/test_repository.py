@@ -35,7 +35,7 @@ from app.steps import FINAL_STEPS, NEXT_STEPS, Step
 from tests import databases
 
 if TYPE_CHECKING:
-    from conftest import Servers
+    pass
 
 HOME = Address(line1="1 Main St", city="Springfield", state="IL", zip="62701")
 OFFICE = Address(line1="2 High St", city="Shelbyville", state="IL", zip="62565")
@@ -43,12 +43,6 @@ PRICE = Money(amount=Decimal("50.00"), currency="USD")
 RECEIPT = Receipt(reference="ch_1", money=PRICE)
 
 LEGAL = {(step, following) for step, after in NEXT_STEPS.items() for following in after}
-
-
-@pytest.fixture(scope="module")
-async def shared_database(servers: Servers, template: str) -> AsyncIterator[str]:
-    async with databases.database(servers.admin_url, template) as url:
-        yield url
 
 
 @pytest.fixture

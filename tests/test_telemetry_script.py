@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -108,13 +107,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-async def run(servers: Servers, template: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
-    name = f"trellis_test_script_{uuid.uuid4().hex[:8]}"
-    admin = await asyncpg.connect(servers.admin_url)
-    await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+async def run(servers: Servers, shared_database: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
     unique, metrics_port, port = uuid.uuid4().hex[:8], free_port(), free_port()
     settings = Settings(
-        database_url=servers.url(name),
+        database_url=shared_database,
         temporal_address=servers.temporal_address,
         order_task_queue=f"orders-{unique}",
         shipping_task_queue=f"shipping-{unique}",
@@ -139,8 +135,6 @@ async def run(servers: Servers, template: str, tmp_path_factory: pytest.TempPath
                 whole.at_the_end = await whole.page()
             await process.stop()
         yield whole
-    await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await admin.close()
 
 
 def _counting(requests: Counter[tuple[str, str, str]]) -> dict[str, Any]:
