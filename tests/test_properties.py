@@ -216,7 +216,8 @@ class Life:
             passed = second
             await self.act(act)
         try:
-            async with asyncio.timeout(PATIENCE):
+            # Twice: an attempt may be lost with a worker that is stopped, and is then waited for.
+            async with asyncio.timeout(2 * PATIENCE):
                 await self._end()
         except TimeoutError:
             pytest.fail(f"it is stuck at {await self.order.status()}: {self.story}")
@@ -479,7 +480,9 @@ def _soon() -> Iterator[None]:
             maximum_interval=timedelta(milliseconds=10),
             maximum_attempts=min(patient.maximum_attempts, RECALL_ATTEMPTS),
         )
-        return options | {"retry_policy": soon}
+        # A task that the server gave to a worker which was just stopping is repeated after this time, not before.
+        in_time = min(options["start_to_close_timeout"], timedelta(seconds=15))
+        return options | {"retry_policy": soon, "start_to_close_timeout": in_time}
 
     dispatch = policies.dispatch
     with pytest.MonkeyPatch.context() as patch:
