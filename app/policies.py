@@ -56,12 +56,13 @@ RECALL: Final = ActivityOptions(
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
 
-#: The same after `dispatch` gave up: the carrier has been asked many times and most likely never answers.
+#: The same after `dispatch` gave up. Patient, because a refund without an answer can cost the goods: what stood in the
+#: way may have been our own database and not the carrier. But not for ever, as the customer waits for the money.
 RECALL_AFTER_GIVING_UP: Final = ActivityOptions(
     start_to_close_timeout=timedelta(seconds=40),
-    schedule_to_close_timeout=timedelta(minutes=1),
+    schedule_to_close_timeout=timedelta(hours=1),
     retry_policy=RetryPolicy(
-        initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=5
+        initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30), maximum_attempts=150
     ),
 )
 
