@@ -74,15 +74,20 @@ async def _prepare_connection(connection: asyncpg.Connection) -> None:
     connection.add_query_logger(metrics.query_ended)
 
 
-def migrate(database_url: str) -> None:
-    """Bring the schema to this release's. Waits for another process that is migrating; repeating it is harmless.
+def migrate(database_url: str) -> str:
+    """Bring the schema to this release's, and leave a newer one alone; the revision it is at afterwards.
+
+    Waits for another process that is migrating; repeating it is harmless.
 
     Raises:
         sqlalchemy.exc.OperationalError: the database cannot be reached.
     """
     from alembic import command
 
-    command.upgrade(_alembic_config(database_url), "head")
+    config = _alembic_config(database_url)
+    command.upgrade(config, "head")
+    revision: str = config.attributes["revision"]
+    return revision
 
 
 def downgrade(database_url: str, revision: str) -> None:
@@ -97,7 +102,7 @@ def _alembic_config(database_url: str) -> Config:
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["url"] = database_url.replace("postgresql://", "postgresql+psycopg://", 1)
+    config.attributes["url"] = database_url
     return config
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import re
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -26,18 +25,16 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from temporalio.api.enums.v1 import TaskQueueType
-from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.service import RPCError
 
-from app import db, temporal
+from app import db, deployment, temporal
 from app.errors import TrellisError
 from app.metrics import REGISTRY
 
 if TYPE_CHECKING:
     import asyncpg
     from starlette.requests import Request
+    from temporalio.api.enums.v1 import TaskQueueType
     from temporalio.client import Client
     from temporalio.worker import Worker
 
@@ -49,12 +46,6 @@ Check = Callable[[], Awaitable[None]]
 #: Seconds a check may take; probes wait a little longer.
 _CHECK_SECONDS: Final = 3.0
 _RPC_TIMEOUT: Final = timedelta(seconds=2)
-#: Seconds within which a poller that lives has polled again.
-_POLL_SECONDS: Final = 75.0
-_KINDS: Final = {
-    TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW: "workflow tasks",
-    TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY: "activity tasks",
-}
 #: Seconds the SDK's own endpoint, in this process, may take.
 _SDK_SECONDS: Final = 2.0
 
@@ -192,21 +183,15 @@ def require_servers(readiness: Readiness, pool: asyncpg.Pool, client: Client) ->
 def require_polling(readiness: Readiness, worker: Worker) -> None:
     """Ask whether Temporal sees this process polling for both kinds of tasks: that takes a worker which runs, a
     connection which works, and a server which knows both."""
-    for kind, name in _KINDS.items():
+    for kind, name in deployment.KINDS.items():
         readiness.require(f"{name} on {worker.task_queue}", partial(_check_polling, worker, kind))
 
 
 async def _check_polling(worker: Worker, kind: TaskQueueType.ValueType) -> None:
     if not worker.is_running:
         raise NotReady("the worker is not running")
-    client = worker.client
-    request = DescribeTaskQueueRequest(
-        namespace=client.namespace, task_queue=TaskQueue(name=worker.task_queue), task_queue_type=kind
-    )
-    found = await client.workflow_service.describe_task_queue(request, retry=False, timeout=_RPC_TIMEOUT)
-    # A poll is answered after a minute at the latest; then the next one is on its way.
-    since = time.time() - _POLL_SECONDS
-    if not any(p.identity == client.identity and p.last_access_time.seconds > since for p in found.pollers):
+    polling = await deployment.pollers(worker.client, worker.task_queue, kind, timeout=_RPC_TIMEOUT)
+    if not any(poller.identity == worker.client.identity for poller in polling):
         raise NotReady("Temporal sees no poller of this process")
 
 

@@ -152,6 +152,9 @@ async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
 
 async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
+    if isinstance(error.body, bytes):
+        # FastAPI parses nothing that does not say it is JSON, and finds fault with the bytes; `curl -d` says a form.
+        return _invalid(Fault(field="body", rule="not read as JSON: send the header `Content-Type: application/json`"))
     # Without `input`, which FastAPI echoes by default: it can be an address, and NaN breaks the answer itself.
     return _invalid(
         *(

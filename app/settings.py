@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import TrellisError
@@ -20,7 +20,7 @@ class SettingsError(TrellisError):
 class Settings(BaseSettings):
     """Everything that can be configured, read from `TRELLIS_*` environment variables."""
 
-    model_config = SettingsConfigDict(env_prefix="TRELLIS_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TRELLIS_", extra="ignore", frozen=True, populate_by_name=True)
 
     # Servers
     database_url: SecretStr = Field(
@@ -59,6 +59,25 @@ class Settings(BaseSettings):
         20.0, description="Seconds a stopping worker lets running activities finish."
     )
 
+    # The version of the workers, under the names that the Temporal worker controller gives to what it starts
+    temporal_deployment_name: str | None = Field(
+        None,
+        pattern=r"^[^.:]+$",
+        validation_alias="TEMPORAL_DEPLOYMENT_NAME",
+        description="Worker deployment that the workers are a version of (`trellis deployment`); unset: none.",
+    )
+    temporal_worker_build_id: str | None = Field(
+        None,
+        min_length=1,
+        validation_alias="TEMPORAL_WORKER_BUILD_ID",
+        description="That version. Set both or neither.",
+    )
+    versioning_behavior: Literal["auto_upgrade", "pinned"] = Field(
+        "auto_upgrade",
+        description="`auto_upgrade`: orders move to the version that is current; `pinned`: they end where they began, "
+        "and that version must be kept until it is drained.",
+    )
+
     # Orders
     review_timeout_seconds: PositiveInt = Field(
         10, le=30 * 24 * 3600, description="Review window of an order that does not name its own."
@@ -94,6 +113,20 @@ class Settings(BaseSettings):
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
 
+    @model_validator(mode="after")
+    def _deployment_and_build_go_together(self) -> Self:
+        given, build = self.temporal_deployment_name, self.temporal_worker_build_id
+        if (given is None) != (build is None):
+            missing = "TEMPORAL_WORKER_BUILD_ID" if build is None else "TEMPORAL_DEPLOYMENT_NAME"
+            raise ValueError(f"{missing} is not set, and the other one is: set both for versioned workers, or neither")
+        return self
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    alias = Settings.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else f"TRELLIS_{name.upper()}"
+
 
 def load(**overrides: Any) -> Settings:
     """The settings of this process; `overrides` go before the environment.
@@ -104,5 +137,14 @@ def load(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        faults = (f"TRELLIS_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors())
+        faults = (
+            f"{_variable_of(fault['loc'])}{fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()
+        )
         raise SettingsError("; ".join(faults)) from None
+
+
+def _variable_of(place: tuple[int | str, ...]) -> str:
+    if not place:
+        return ""  # a rule about several, which names them itself
+    named = str(place[0])
+    return f"{variable(named) if named in Settings.model_fields else named}: "

@@ -47,13 +47,24 @@ def is_unavailable(error: RPCError | RuntimeError) -> bool:
     """Whether the same call may well succeed in a moment.
 
     A connection that breaks in the middle of a call, as behind a proxy or load balancer whose server is gone, is
-    UNKNOWN to the SDK; and as long as its client never had a connection, it raises a bare RuntimeError. Only their
-    words tell them from an error of the server, or of ours.
+    UNKNOWN to the SDK; and as long as its client never had a connection, or when a worker of it asks for its namespace
+    as it starts, it raises a bare RuntimeError. Only their words tell them from an error of the server, or of ours.
     """
     if isinstance(error, RPCError):
         broken = error.status is RPCStatusCode.UNKNOWN and "transport error" in error.message
         return broken or error.status in UNAVAILABLE
-    return "Failed client connect" in str(error) or "transport error" in str(error)
+    return any(words in str(error) for words in _LOST)
+
+
+#: What the SDK's errors without a status say of a connection that is not there, or of a status that means "later".
+_LOST: Final = (
+    "Failed client connect",
+    "transport error",
+    "code: Unavailable",
+    "code: DeadlineExceeded",
+    "code: Cancelled",
+    "code: ResourceExhausted",
+)
 
 
 log = structlog.get_logger(__name__)

@@ -9,9 +9,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from app import db, gauges, health, metrics, temporal
+from app import db, deployment, gauges, health, metrics, temporal
 from app.events import AttemptLog
 from app.interceptors import AttemptInterceptor
 
@@ -46,6 +47,10 @@ def build(client: Client, services: Services, part: WorkerPart) -> Worker:
         max_concurrent_activities=settings.max_concurrent_activities,
         max_concurrent_workflow_tasks=settings.max_concurrent_workflow_tasks,
         max_cached_workflows=settings.max_cached_workflows,
+        deployment_config=deployment.worker_config(settings),
+        # A task for a worker that is gone goes to the others after this. With the default, 10 s, an update that meets
+        # a stopping worker would not be answered within `update_timeout`.
+        sticky_queue_schedule_to_start_timeout=timedelta(seconds=5),
         # The default, 0, cancels running activities: an attempt lost for every restart.
         graceful_shutdown_timeout=timedelta(seconds=settings.graceful_shutdown_timeout),
     )
@@ -57,14 +62,38 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
     Raises:
         Exception: a worker failed for good, such as on a namespace that was deleted.
     """
-    services.readiness.require("workers", _not_started)
-    ready = asyncio.create_task(_wait_for_servers(services))
     stopping = asyncio.create_task(stop.wait())
+    try:
+        for pause in db.pauses():
+            services.readiness.require("workers", _not_started)
+            if not await _servers_are_there(services, stopping):
+                return
+            try:
+                await _serve(services, parts, stopping)
+            except (RPCError, RuntimeError) as error:
+                if not temporal.is_unavailable(error):
+                    raise
+                # A worker asks for its namespace when it starts, once. Afterwards it waits by itself.
+                log.warning("Temporal was lost while the workers started", error=str(error), retry_in_seconds=pause)
+            else:
+                return
+            await asyncio.wait({stopping}, timeout=pause)
+    finally:
+        stopping.cancel()
+
+
+async def _servers_are_there(services: Services, stopping: asyncio.Task[Any]) -> bool:
+    """Wait for them; False if it is to stop before."""
+    ready = asyncio.create_task(_wait_for_servers(services))
     await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not ready.done():
         ready.cancel()
-        return
+        return False
     await ready
+    return not stopping.done()
+
+
+async def _serve(services: Services, parts: Sequence[WorkerPart], stopping: asyncio.Task[Any]) -> None:
     client = await temporal.connect(services.settings, lazy=False)
     workers = [build(client, services, part) for part in parts]
     running = [asyncio.create_task(worker.run()) for worker in workers]
@@ -77,9 +106,8 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
     await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
     log.info("workers stopping", task_queues=queues)
     await asyncio.gather(*(worker.shutdown() for worker in workers))
-    await asyncio.gather(*running)
-    stopping.cancel()
     reading.cancel()
+    await asyncio.gather(*running)
     log.info("workers stopped", task_queues=queues)
 
 

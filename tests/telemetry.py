@@ -25,7 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from app.settings import Settings
+from app.settings import Settings, variable
 
 
 async def eventually(check: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:
@@ -188,7 +188,7 @@ def free_port() -> int:
 def environment(settings: Settings, **more: str) -> dict[str, str]:
     """The environment of a process with these settings."""
     given = {
-        f"TRELLIS_{name.upper()}": str(getattr(value, "get_secret_value", lambda value=value: value)())
+        variable(name): str(getattr(value, "get_secret_value", lambda value=value: value)())
         for name, value in settings
         if name in settings.model_fields_set
     }

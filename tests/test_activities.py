@@ -141,6 +141,7 @@ def named(query: str, args: tuple[Any, ...]) -> str | None:
     return {
         payment_sql._CLAIM: "payment INIT",
         payment_sql._LOCK: "read payment",
+        payment_sql._LOOK: "read payment",
         payment_sql._CHARGED: "payment CHARGED",
         payment_sql._FAILED: "payment FAILED",
         payment_sql._REFUNDED: "payment REFUNDED",
@@ -195,7 +196,8 @@ class MockedDatabase:
         await asyncio.sleep(0)
         return {
             payment_sql._CLAIM: self._claim,
-            payment_sql._LOCK: self._lock,
+            payment_sql._LOCK: self._payment,
+            payment_sql._LOOK: self._payment,
             payment_sql._CHARGED: self._settle("INIT", "CHARGED"),
             payment_sql._FAILED: self._settle("INIT", "FAILED"),
             payment_sql._REFUNDED: self._settle("CHARGED", "REFUNDED"),
@@ -221,7 +223,7 @@ class MockedDatabase:
         }
         return "INSERT 0 1"
 
-    def _lock(self, payment_id: str) -> dict[str, Any] | None:
+    def _payment(self, payment_id: str) -> dict[str, Any] | None:
         payment = self.rows.payments.get(payment_id)
         return payment and {**payment, "state": self.rows.orders[payment["order_id"]]["state"]}
 

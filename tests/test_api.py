@@ -332,6 +332,14 @@ async def test_bad_start_is_refused_and_starts_nothing(counter: httpx.AsyncClien
     problem(await counter.get(f"/orders/{order_id}/status"), 404, "OrderNotFound")
 
 
+@pytest.mark.parametrize("path", ["start", "signals/approve", "signals/address", "review", "cancel"])
+async def test_a_body_that_does_not_say_it_is_json_is_told_how(counter: httpx.AsyncClient, path: str) -> None:
+    """What `curl -d` sends unless told otherwise."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    answer = await counter.post(f"/orders/{new_id()}/{path}", content=b'{"payment_id":"pay-1"}', headers=form)
+    assert fields(answer) == {"body": "not read as JSON: send the header `Content-Type: application/json`"}
+
+
 async def test_every_fault_is_named(counter: httpx.AsyncClient) -> None:
     body = {
         "items": [ITEM | {"quantity": 0}, ITEM | {"unit_price": "-1"}],

@@ -220,6 +220,7 @@ async def test_a_foreign_client_cannot_break_a_shipment(shop: Shop) -> None:
     await order.tells("attempt_failed")
     await order.shipment.signal("address")
     await order.shipment.signal("address", "nowhere")
+    await order.shipment.signal("address", args=[HOME, "by Monday"])
     await order.shipment.signal("cancel", args=["please", "now"])
     result = await order.shipment.result()
     assert result["outcome"] == ShippingOutcome.RECALLED

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from app.settings import Settings
+from app.settings import Settings, variable
 from app.steps import NEXT_STEPS
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def _default(field: FieldInfo) -> str:
 def _configuration() -> str:
     lines = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        lines.append(f"| `TRELLIS_{name.upper()}` | {_default(field)} | {field.description} |")
+        lines.append(f"| `{variable(name)}` | {_default(field)} | {field.description} |")
     return "\n".join(lines)
 
 

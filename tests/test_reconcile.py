@@ -12,24 +12,37 @@ from typing import Any
 
 import asyncpg
 import pytest
-from temporalio.client import Client, ScheduleActionExecutionStartWorkflow, WorkflowHandle
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import (
+    Client,
+    ScheduleActionExecutionStartWorkflow,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+)
 
+from app import failpoints
 from app.audit.auditor import Auditor, Options, Sources
 from app.audit.executions import Executions
+from app.audit.models import Kind
 from app.audit.repository import BooksRepository
 from app.errors import PaymentUnavailable
 from app.order.models import OrderInput, StartOrder
 from app.order.workflows import OrderWorkflow
+from app.payment.gateway import refund_key
 from app.payment.models import ChargeRequest
 from app.reconcile.models import RECONCILE_ID, ReconcileReport, ReconcileRequest
 from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.worker import reconciler
 from app.reconcile.workflows import ReconcileWorkflow
+from app.settings import Settings
 from app.shipping.models import Address
 from app.shipping.repository import ShipmentRepository
 from app.steps import Step
 from app.wiring import Services
 from tests.bookkeeping import USD, Shop, opened_shop
+from tests.shop import REFUSED, UNANSWERED, Order, open_shop
+from tests.support import until
 
 NOW = ReconcileRequest(apply=True, grace_seconds=0, settle_seconds=0)
 
@@ -235,6 +248,86 @@ async def test_a_silent_provider_leaves_it_for_the_next_pass(shop: Shop, broken:
     assert await broken.step() == "charging"
     await broken.reconcile()
     assert await broken.step() == "cancelled"
+
+
+# --- the shipment and its order, ended by force one after the other
+
+
+async def until_closed(order: Order) -> None:
+    """Wait until Temporal's list of workflows shows the end of the order's."""
+
+    async def listed() -> bool:
+        return order.id in {closed.order_id async for closed in Executions(order.shop.client).closed_orders()}
+
+    await until(listed, f"the end of {order.id}")
+
+
+async def settled(order: Order) -> None:
+    """The audit finds the order before it is reconciled, and nothing afterwards; the money went back once."""
+    async with opened_shop(order.shop.services) as books:
+        books.mine.add(order.id)
+        assert await books.kinds(temporal=True) == {order.id: {Kind.OPEN_WITHOUT_WORKFLOW}}
+        for _ in range(2):  # the second pass finds nothing to do
+            await reconciler(order.shop.services, NOW).run()
+        assert await books.kinds(temporal=True) == {}
+    assert (await order.status())[0] is Step.SHIPPING_FAILED
+    assert [event.type for event in await order.events("reconciled", "refunded", "shipping_failed")] == [
+        "reconciled",
+        "refunded",
+        "shipping_failed",
+    ]
+    assert len(await order.shop.ledger.refunds_of(order.payment_id)) == 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "terminate"])
+async def test_a_shipment_that_is_ended_when_its_order_is_gone(settings: Settings, end: str) -> None:
+    async with open_shop(settings) as shop:
+        order = await shop.approved(address=UNANSWERED, attempts=100)
+        await order.tells("attempt_failed")
+        await order.workflow.terminate("test")
+        await until_closed(order)
+        assert (await order.shipment.describe()).status is WorkflowExecutionStatus.RUNNING
+        if end == "cancel":
+            await order.shipment.cancel()
+        else:
+            await order.shipment.terminate("test")
+        with pytest.raises(WorkflowFailureError):
+            await order.shipment.result()
+        assert (await order.status())[0] is Step.PREPARED
+        await settled(order)
+
+
+@pytest.mark.parametrize("given_back", [False, True])
+async def test_an_order_that_is_ended_when_its_shipment_gave_up(settings: Settings, given_back: bool) -> None:
+    """The shipment has told it, and it is on its way to the refund; which may be at the provider already."""
+    async with open_shop(settings) as shop:
+        order = await shop.order(address=REFUSED)
+        async with shop.withholding(refund_key(order.payment_id)) if given_back else _nothing_asked_of("refund"):
+            await order.approve()
+            await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_FAILED)
+            if given_back:
+                await until(lambda: shop.ledger.refunds_of(order.payment_id), "the refund")
+            else:
+                await order.tells("attempt_failed", times=3)
+            told = await order.recorded(EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED, times=2)
+            assert told[-1].workflow_execution_signaled_event_attributes.signal_name == "dispatch_failed"
+            await order.workflow.terminate("test")
+            await until_closed(order)
+            # Before the reply comes, or the attempt would write it down, workflow or not.
+            await shop.close()
+        assert (await order.status())[0] is Step.PREPARED
+        assert len(await shop.ledger.refunds_of(order.payment_id)) == given_back
+        await settled(order)
+
+
+@asynccontextmanager
+async def _nothing_asked_of(activity: str) -> AsyncIterator[None]:
+    """Every attempt of the activity fails before it asks the partner."""
+    failpoints.arm(f"{activity}.before_gateway=fail")
+    try:
+        yield
+    finally:
+        failpoints.arm(None)
 
 
 async def test_the_schedule_is_kept_once_and_runs(services: Services, workers: Services) -> None:

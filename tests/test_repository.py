@@ -830,6 +830,7 @@ PLANS: dict[str, tuple[str, str, str, set[str]]] = {
     "reviews, a later page": (order_sql._IN_REVIEW, "timestamptz, text, int", "now(), 'o-1', 51", {"orders_in_review"}),
     "start": (order_sql._FIND_START, "text, text", "'o-7', 'p-9'", {"orders_pkey", "orders_payment"}),
     "payment's owner": (order_sql._PAYMENT_OWNER, "text, text", "'p-7', 'o-9'", {"payments_pkey"}),
+    "payment": (payment_sql._LOOK, "text", "'p-7'", {"payments_pkey", "orders_pkey"}),
     "payment to lock": (payment_sql._LOCK, "text", "'p-7'", {"payments_pkey", "orders_pkey"}),
     "status": (order_sql._STATUS, "text", "'o-7'", {"orders_pkey"}),
     "view": (order_sql._VIEW, "text", "'o-7'", {"orders_pkey", "payments_order_id_key"}),

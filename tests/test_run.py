@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,8 +31,8 @@ class Run:
         self.port, self.postgres_port, self.temporal_port = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "app", "run", "--no-ui", "--data", str(self.data)]
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "app", "run", "--no-ui", "--data", str(self.data), *more]
         command += ["--port", str(self.port), "--postgres-port", str(self.postgres_port)]
         command += ["--temporal-port", str(self.temporal_port)]
         environment = {**os.environ, "TRELLIS_PAYMENT_URL": "", "TRELLIS_CARRIER_URL": ""}
@@ -40,8 +42,8 @@ class Run:
             )
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[tuple[subprocess.Popen[bytes], httpx.AsyncClient]]:
-        process = self.start()
+    async def running(self, *more: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], httpx.AsyncClient]]:
+        process = self.start(*more)
         try:
             async with httpx.AsyncClient(base_url=self.url, timeout=20) as client:
                 await self._until_ready(process, client)
@@ -111,3 +113,31 @@ async def _one_charge_per_payment(run: Run) -> None:
         assert charges == {row["payment_id"]: 1 for row in await books.fetch(paid)}
     finally:
         await books.close()
+
+
+@pytest.mark.timeout(240)
+async def test_traces_can_be_read_without_a_collector(tmp_path: Path) -> None:
+    file = tmp_path / "spans"
+    async with Run(tmp_path / "data").running("--trace", str(file)) as (process, client):
+        await start(client, "o-1", address=ADDRESS)
+        await client.post("/orders/o-1/signals/approve")
+        await until_step(client, "o-1", "shipped", timeout=60)
+        trace_id = (await client.get("/orders/o-1")).json()["trace_id"]
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    lines = [line for line in file.read_text().splitlines() if f"trace={trace_id}" in line]
+    shown = re.compile(r"(\d\d:\d\d:\d\d\.\d{3}) +([\d.]+) ms +(\S.*?)  +(.*) span=(\w{16}) (?:parent=(\w{16})|root)")
+    spans = {found[5]: found for found in map(shown.match, lines) if found}
+    assert len(spans) == len(lines), lines
+    names = Counter(found[3] for found in spans.values())
+    for once in (
+        "POST /orders/{id}/start",
+        *(f"RunWorkflow:{workflow}" for workflow in ("OrderWorkflow", "ShippingWorkflow")),
+        *(f"RunActivity:{activity}" for activity in ("receive", "validate", "charge", "prepare", "dispatch")),
+        *("POST /v1/charges", "POST /v1/parcels"),
+    ):
+        assert names[once] == 1, names
+    # Every span but the first says below which other one it belongs.
+    assert [found[3] for found in spans.values() if found[6] not in spans] == ["POST /orders/{id}/start"]
+    assert all("order.id=o-1" in found[0] for found in spans.values())
+    assert "1 Main St" not in file.read_text()

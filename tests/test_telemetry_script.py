@@ -5,7 +5,10 @@ The workflow cache is off, so that every workflow task replays its history: what
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
+import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,6 +20,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from temporalio.client import Client
+from temporalio.service import RPCError, RPCStatusCode
 
 from app import db
 from app.settings import Settings
@@ -80,6 +84,8 @@ class Run:
     metrics_url: str
     requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     orders: dict[str, str] = field(default_factory=dict)
+    #: What an audit in between, which asks the provider for payments by their ids, said on standard error.
+    audit_log: str = ""
     after_script: Page = field(default_factory=lambda: Page("# EOF\n"))
     at_the_end: Page = field(default_factory=lambda: Page("# EOF\n"))
 
@@ -131,6 +137,7 @@ async def run(servers: Servers, shared_database: str, tmp_path_factory: pytest.T
                 whole = Run(settings, process, collector, api, metrics_url, requests)
                 await _script(whole)
                 whole.after_script = await whole.page()
+                whole.audit_log = await _audit(env)
                 await _stuck(whole)
                 whole.at_the_end = await whole.page()
             await process.stop()
@@ -143,6 +150,16 @@ def _counting(requests: Counter[tuple[str, str, str]]) -> dict[str, Any]:
         requests[response.request.method, route, str(response.status_code)] += 1
 
     return {"response": [count]}
+
+
+async def _audit(env: dict[str, str]) -> str:
+    command = ("audit", "--partners", "lookup", "--no-temporal")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app", *command, env=env | {"TRELLIS_METRICS_PORT": "0"}, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
 
 
 async def _script(run: Run) -> None:
@@ -176,6 +193,7 @@ async def _script(run: Run) -> None:
     await run.signal(slow, "approve")
     await _until_dispatching(run, slow)
     await run.signal(slow, "address", json=ADDRESS)
+    await client.get_workflow_handle(f"shipping/{slow}").signal("address", ADDRESS)
 
     await run.until(declined, "payment_failed")
     await run.until(cancelled, "cancelled")
@@ -379,13 +397,40 @@ def test_one_line_per_attempt_and_per_request(run: Run) -> None:
 
 def test_nothing_personal_gets_out(run: Run) -> None:
     assert CANARY not in run.process.log.read_text()
+    assert CANARY not in run.audit_log
     assert CANARY not in run.at_the_end.text
     assert run.collector.bodies
     assert not [body for body in run.collector.bodies if CANARY.encode() in body]
 
 
+def test_what_could_have_told_it_was_there(run: Run) -> None:
+    """The shipment was told an address, and the partners payment ids and addresses: nothing got out of that, either."""
+    spans = Counter(span.name for span in run.collector.spans)
+    for name in (
+        *("RunWorkflow:OrderWorkflow", "RunWorkflow:ShippingWorkflow", "HandleSignal:address"),
+        *("POST /v1/charges", "POST /v1/refunds", "POST /v1/parcels", "POST /v1/parcels/{id}/recall"),
+        "GET /v1/charges/{id}",
+    ):
+        assert spans[name], f"no {name} in {sorted(spans)}"
+    handled = {
+        span.attributes["temporalWorkflowID"] for span in run.collector.spans if span.name == "HandleSignal:address"
+    }
+    assert {workflow.partition("/")[0] for workflow in handled} == {"order", "shipping"}
+    activities = {line["activity"] for line in run.process.lines if line["event"] == "attempt"}
+    assert activities >= {"charge", "refund", "dispatch", "recall", "change_address"}
+
+
 async def test_nothing_personal_is_searchable_in_temporal(run: Run) -> None:
     client = await Client.connect(run.settings.temporal_address)
-    for order_id in run.orders.values():
-        description = await client.get_workflow_handle(f"order/{order_id}").describe()
-        assert CANARY not in f"{description.id} {description.typed_search_attributes} {await description.memo()}"
+    shipments = 0
+    for kind, order_id in itertools.product(("order", "shipping"), run.orders.values()):
+        try:
+            description = await client.get_workflow_handle(f"{kind}/{order_id}").describe()
+        except RPCError as error:
+            if (kind, error.status) != ("shipping", RPCStatusCode.NOT_FOUND):
+                raise
+            continue  # it never came to a shipment
+        shipments += kind == "shipping"
+        said = (description.typed_search_attributes, await description.memo(), await description.static_summary())
+        assert CANARY not in f"{description.id} {said} {await description.static_details()}"
+    assert shipments >= 4

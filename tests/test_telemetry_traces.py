@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 import uuid
@@ -14,6 +15,7 @@ import asyncpg
 import httpx
 import pytest
 
+from app.failpoints import EXIT_CODE
 from app.settings import Settings
 from app.tracing import ALLOWED
 from tests.support import until_step
@@ -33,56 +35,55 @@ FAILED = "!PaymentUnavailable"
 CLAIM = ["BEGIN", "INSERT payments", "SELECT payments", "UPDATE orders"]
 CLAIM_AGAIN = ["INSERT events", *CLAIM, "SELECT events", "COMMIT"]
 
-#: Two failed charges, then success: every span there is, nothing twice.
-WHOLE = [
-    [
-        "POST /orders/{id}/start",
-        "SELECT orders",
+SETTLED = ["POST /v1/charges", "BEGIN", "UPDATE payments", "UPDATE orders", "COMMIT", "UPDATE orders"]
+
+
+def whole(*charge: list[str]) -> list[Any]:
+    """Every span of an order that is shipped, nothing twice, with these attempts at its charge."""
+    return [
         [
-            "StartWorkflow:OrderWorkflow",
+            "POST /orders/{id}/start",
+            "SELECT orders",
             [
-                "RunWorkflow:OrderWorkflow",
-                ["StartActivity:receive", ["RunActivity:receive #1", "INSERT orders"]],
+                "StartWorkflow:OrderWorkflow",
                 [
-                    "StartActivity:validate",
+                    "RunWorkflow:OrderWorkflow",
+                    ["StartActivity:receive", ["RunActivity:receive #1", "INSERT orders"]],
                     [
-                        "RunActivity:validate #1",
-                        *("BEGIN", "SELECT payments", "UPDATE orders", "UPDATE orders", "COMMIT"),
-                    ],
-                ],
-                [
-                    "StartActivity:charge",
-                    [f"RunActivity:charge #1 {FAILED}", *CLAIM, "COMMIT", "POST /v1/charges !503", "UPDATE orders"],
-                    [f"RunActivity:charge #2 {FAILED}", *CLAIM_AGAIN, "POST /v1/charges !503", "UPDATE orders"],
-                    [
-                        "RunActivity:charge #3",
-                        *CLAIM_AGAIN,
-                        "POST /v1/charges",
-                        *("BEGIN", "UPDATE payments", "UPDATE orders", "COMMIT"),
-                        "UPDATE orders",
-                    ],
-                ],
-                [
-                    "StartChildWorkflow:ShippingWorkflow",
-                    [
-                        "RunWorkflow:ShippingWorkflow",
-                        ["StartActivity:prepare", ["RunActivity:prepare #1", "BEGIN", "UPDATE orders", "COMMIT"]],
+                        "StartActivity:validate",
                         [
-                            "StartActivity:dispatch",
+                            "RunActivity:validate #1",
+                            *("BEGIN", "SELECT payments", "UPDATE orders", "UPDATE orders", "COMMIT"),
+                        ],
+                    ],
+                    ["StartActivity:charge", *charge],
+                    [
+                        "StartChildWorkflow:ShippingWorkflow",
+                        [
+                            "RunWorkflow:ShippingWorkflow",
+                            ["StartActivity:prepare", ["RunActivity:prepare #1", "BEGIN", "UPDATE orders", "COMMIT"]],
                             [
-                                "RunActivity:dispatch #1",
-                                *("UPDATE orders", "POST /v1/parcels"),
-                                *("BEGIN", "UPDATE orders", "UPDATE orders", "COMMIT"),
+                                "StartActivity:dispatch",
+                                [
+                                    "RunActivity:dispatch #1",
+                                    *("UPDATE orders", "POST /v1/parcels"),
+                                    *("BEGIN", "UPDATE orders", "UPDATE orders", "COMMIT"),
+                                ],
                             ],
                         ],
                     ],
                 ],
             ],
-        ],
+        ]
     ]
-]
 
-BODY = {"payment_id": "pay-flaky-1", "review_timeout_seconds": 600}
+
+#: Two failed charges, then success.
+WHOLE = whole(
+    [f"RunActivity:charge #1 {FAILED}", *CLAIM, "COMMIT", "POST /v1/charges !503", "UPDATE orders"],
+    [f"RunActivity:charge #2 {FAILED}", *CLAIM_AGAIN, "POST /v1/charges !503", "UPDATE orders"],
+    ["RunActivity:charge #3", *CLAIM_AGAIN, *SETTLED],
+)
 
 
 @pytest.fixture
@@ -91,14 +92,15 @@ def order() -> str:
     return f"o-{uuid.uuid4().hex[:8]}"
 
 
-async def _start(api: httpx.AsyncClient, order: str) -> None:
-    (await api.post(f"/orders/{order}/start", json=BODY)).raise_for_status()
+async def _start(api: httpx.AsyncClient, order: str, payment: str = "pay-flaky-1") -> None:
+    body = {"payment_id": payment, "review_timeout_seconds": 600}
+    (await api.post(f"/orders/{order}/start", json=body)).raise_for_status()
     await until_step(api, order, "awaiting_review")
 
 
 async def _finish(api: httpx.AsyncClient, order: str) -> str:
     (await api.post(f"/orders/{order}/signals/approve")).raise_for_status()
-    await until_step(api, order, "shipped")
+    await until_step(api, order, "shipped", timeout=80)
     trace_id: str = (await api.get(f"/orders/{order}")).json()["trace_id"]
     return trace_id
 
@@ -164,6 +166,45 @@ async def test_a_killed_worker_leaves_no_gap_and_no_double(settings: Settings, t
         _check_durations(spans)
 
 
+@pytest.mark.timeout(240)
+async def test_a_worker_killed_in_mid_charge_leaves_its_statements_and_a_second_attempt(
+    settings: Settings, tmp_path: Path, order: str
+) -> None:
+    """The provider has charged, and the worker dies before it can write that down. What it was about dies with it;
+    what it had sent stays, below an attempt that never ended, and the next attempt tells the rest once."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with grpc_collector() as collector:
+        env = environment(settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+        # The provider takes three seconds, in which the statements before are sent.
+        dying = {**env, "TRELLIS_FAILPOINTS": "charge.after_gateway=die", "OTEL_BSP_SCHEDULE_DELAY": "1000"}
+        async with AsyncExitStack() as stack:
+            for name, command in {"api": ["api", "--port", str(port)], "shipping": ["worker", "shipping"]}.items():
+                process = await stack.enter_async_context(started(tmp_path / name, env, "app", *command))
+            first = await stack.enter_async_context(started(tmp_path / "first", dying, "app", "worker", "default"))
+            api = await stack.enter_async_context(httpx.AsyncClient(base_url=url))
+            await until_ready(url, process)
+            await _start(api, order, "pay-slow-1")
+            (await api.post(f"/orders/{order}/signals/approve")).raise_for_status()
+            assert await asyncio.wait_for(first.running.wait(), 30) == EXIT_CODE
+            await stack.enter_async_context(started(tmp_path / "second", env, "app", "worker", "default"))
+            # The first attempt is given up after its 40 s.
+            await until_step(api, order, "shipped", timeout=90)
+            trace_id = (await api.get(f"/orders/{order}")).json()["trace_id"]
+            await collector.until("RunWorkflow:OrderWorkflow", trace_id)
+        spans = collector.trace(trace_id)
+        known = {span.span_id for span in spans}
+        left = [span for span in spans if span.parent_id not in known and span.name != "POST /orders/{id}/start"]
+        assert [span.name for span in sorted(left, key=lambda each: each.start)] == [*CLAIM, "COMMIT"]
+        assert len({span.parent_id for span in left}) == 1
+        assert {span.attributes["temporal.activity.attempt"] for span in left} == {1}
+        assert tree([span for span in spans if span not in left]) == whole(
+            ["RunActivity:charge #2", *CLAIM_AGAIN, *SETTLED]
+        )
+        assert len(known) == len(spans)
+        _check_durations(spans, seconds=40)
+
+
 def _check_contents(spans: list[ReceivedSpan], order: str) -> None:
     for span in spans:
         assert span.attributes["order.id"] == order, span
@@ -183,12 +224,12 @@ def _check_contents(spans: list[ReceivedSpan], order: str) -> None:
     assert [span.attributes["error.type"] for span in failed] == ["PaymentUnavailable"] * 2
 
 
-def _check_durations(spans: list[ReceivedSpan]) -> None:
+def _check_durations(spans: list[ReceivedSpan], seconds: float = 3) -> None:
     """A parent lasts as long as the work it waited for."""
     workflow = next(span for span in spans if span.name == "RunWorkflow:OrderWorkflow")
     child = next(span for span in spans if span.name == "RunWorkflow:ShippingWorkflow")
     attempts = [span for span in spans if span.name == "RunActivity:charge"]
-    assert workflow.seconds > 3, "two retries after 1 s and 2 s are in it"
+    assert workflow.seconds > seconds, "the pauses between its attempts are in it"
     assert all(workflow.start <= attempt.start and attempt.end <= workflow.end for attempt in attempts)
     assert workflow.start < child.start < child.end <= workflow.end
     assert child.seconds > 0

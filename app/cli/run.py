@@ -202,7 +202,7 @@ class _Run:
             return 1
         return 0 if drained else FORCED
 
-    async def _timed(self, name: str, work: Coroutine[Any, Any, None], stack: LocalStack) -> None:
+    async def _timed(self, name: str, work: Coroutine[Any, Any, object], stack: LocalStack) -> None:
         self._say(f"{name} …")
         started = time.monotonic()
         await self._signals.or_stop(_first_of(work, stack.watch()))
@@ -282,7 +282,7 @@ def _write_traces(file: str) -> None:
         raise LocalError(f"--trace: {error.strerror}: {error.filename}") from error
 
 
-async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
+async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
     """Wait for the first to end or fail, and cancel the others."""
     tasks = [asyncio.create_task(work) for work in works]
     try:

@@ -124,8 +124,9 @@ def migrate(
 
     settings = _settings()
     asyncio.run(_reach_database(settings, wait=wait))
-    db.migrate(settings.database_url.get_secret_value())
-    typer.echo(f"the schema is at {db.SCHEMA_VERSION}")
+    revision = db.migrate(settings.database_url.get_secret_value())
+    newer = f", newer than this release's {db.SCHEMA_VERSION}: left alone" if revision > db.SCHEMA_VERSION else ""
+    typer.echo(f"the schema is at {revision}{newer}")
 
 
 async def _reach_database(settings: Settings, *, wait: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 from alembic import context
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, pool, text
@@ -13,24 +14,31 @@ config = context.config
 
 
 def migrate_online() -> None:
-    engine = create_engine(config.attributes["url"], poolclass=pool.NullPool)
+    # The URL goes to libpq as it is: SQLAlchemy's own reading of it knows no list of hosts and no `postgres://`.
+    url = config.attributes["url"]
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=pool.NullPool)
     with engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
         newer = _is_newer(connection)
         connection.commit()
-        if newer:
-            return
-        context.configure(connection=connection, transaction_per_migration=True)
-        with context.begin_transaction():
-            context.run_migrations()
+        if not newer:
+            context.configure(connection=connection, transaction_per_migration=True)
+            with context.begin_transaction():
+                context.run_migrations()
+        # For whoever asked for it.
+        config.attributes["revision"] = _revision(connection)
         # The lock ends with the connection.
 
 
 def _is_newer(connection: Connection) -> bool:
     """Whether the way up leads down. A release that was rolled back finds the schema of the one after it: that
     serves it as well (`db.SCHEMA_VERSION`), and only the newer one knows the way back."""
-    found, head = MigrationContext.configure(connection).get_current_revision(), context.get_head_revision()
+    found, head = _revision(connection), context.get_head_revision()
     return found is not None and context.get_revision_argument() == head and found > str(head)
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
 
 
 migrate_online()

@@ -295,10 +295,13 @@ class OrderWorkflow:
             signals.count("address", "accepted" if accepted else "refused")
 
     @workflow.signal
-    def dispatch_failed(self, failed: DispatchFailed | None = None) -> None:
+    def dispatch_failed(self, *payload: Any) -> None:
         """The child gave up: nothing was shipped and nothing will be."""
-        if failed is not None:
-            self._dispatch_failed = failed.reason
+        try:
+            self._dispatch_failed = DispatchFailed.model_validate(payload[0] if len(payload) == 1 else None).reason
+        except ValidationError:
+            # Not the child's. Without its word the carrier is asked where the parcel is.
+            workflow.logger.warning("dispatch_failed without a reason that can be read; ignored")
 
     @workflow.signal
     def recalled(self, *_: Any) -> None:

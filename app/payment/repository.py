@@ -22,12 +22,13 @@ INSERT INTO payments (payment_id, order_id, status, amount, asked, currency) VAL
 ON CONFLICT DO NOTHING
 """
 
-_LOCK = """
+_LOOK = """
 SELECT payments.order_id, status, amount, asked, payments.currency, provider_reference, orders.state
 FROM payments JOIN orders ON orders.id = payments.order_id
 WHERE payments.payment_id = $1
-FOR NO KEY UPDATE OF payments
 """
+
+_LOCK = f"{_LOOK}FOR NO KEY UPDATE OF payments"
 
 _CHARGED = """
 UPDATE payments SET status = 'CHARGED', amount = $2, provider_reference = $3, settled_at = clock_timestamp()
@@ -100,14 +101,14 @@ class PaymentRepository:
         metrics.entered(Step.PAYMENT_FAILED, move)
 
     async def begin_refund(self, request: RefundRequest) -> bool:
-        """Whether there is still something to give back.
+        """Whether there is still something to give back. Only a look: what is true when the provider has answered, and
+        that it is written down once, `complete_refund` sees to.
 
         Raises:
             TooLate: the order was shipped.
             PaymentConflict: there is no charge to give back.
         """
-        async with self._pool.acquire() as connection:
-            payment = await connection.fetchrow(_LOCK, request.payment_id)
+        payment = await self._pool.fetchrow(_LOOK, request.payment_id)
         if payment is None or payment["order_id"] != request.order_id:
             raise PaymentConflict(f"{request.payment_id} has no charge for order {request.order_id}")
         if payment["state"] == Step.SHIPPED:

@@ -15,7 +15,6 @@ with workflow.unsafe.imports_passed_through():
     from app.shipping.activities import ShippingActivities
     from app.shipping.carrier import Handover
     from app.shipping.models import (
-        Address,
         DispatchFailed,
         Shipment,
         ShippingInput,
@@ -37,7 +36,6 @@ class ShippingWorkflow:
     def __init__(self, shipping: ShippingInput) -> None:
         self._shipping = shipping
         self._shipment = Shipment(order_id=shipping.order_id)
-        self._address = shipping.address
         self._step = Step.CHARGED
         self._told_to_cancel = False
         self._recalled = False
@@ -122,7 +120,7 @@ class ShippingWorkflow:
         )
         self._step = close_as
 
-    # --- what reaches it from outside
+    # --- what reaches it from outside; with any arguments, as in `OrderWorkflow`
 
     @workflow.signal
     def cancel(self, *_: Any) -> None:
@@ -130,9 +128,8 @@ class ShippingWorkflow:
         self._told_to_cancel = True
 
     @workflow.signal
-    def address(self, address: Address | None = None) -> None:
-        """The order has a new address, already written down; `dispatch` reads it there."""
-        self._address = address
+    def address(self, *_: Any) -> None:
+        """The order has a new address, already written down: `dispatch` reads it there."""
 
     @workflow.query
     def status(self) -> Step:
