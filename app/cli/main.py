@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from app.cli import order, serve
+from app.cli import deployment, order, serve
 from app.cli.audit import audit
 from app.cli.client import EXIT_CODES
 from app.cli.demo import demo
+from app.cli.load import load
 from app.cli.reconcile import reconcile
 from app.cli.run import run
 from app.cli.sandbox import sandbox
@@ -30,7 +31,9 @@ app.command()(sandbox)
 app.command()(audit)
 app.command()(reconcile)
 app.add_typer(order.app, name="order")
+app.add_typer(deployment.app, name="deployment")
 app.command(epilog=EXIT_CODES)(demo)
+app.command(epilog=EXIT_CODES)(load)
 
 
 def main() -> None:
