@@ -117,6 +117,15 @@ class Promotion:
             raise NotPromoted(f"{self.name}, in {timeout:g} s: {told or 'Temporal did not answer'}") from None
         say(f"{self.name} is the current version")
 
+    async def _found(self, client: Client) -> DescribeWorkerDeploymentResponse | None:
+        """The deployment; None if there never was one and none is wanted."""
+        try:
+            return await _describe(client, self.deployment)
+        except RPCError as error:
+            if error.status is RPCStatusCode.NOT_FOUND and self.build is None:
+                return None
+            raise
+
     @property
     def name(self) -> str:
         """The version, for people."""
@@ -129,7 +138,9 @@ class Promotion:
                 for kind, tasks in KINDS.items():
                     if not any(map(self._is_one_of_it, await pollers(client, queue, kind))):
                         return f"no worker of {self.name} polls {queue} for {tasks}"
-            found = await _describe(client, self.deployment)
+            found = await self._found(client)
+            if found is None:
+                return ""
             routing = found.worker_deployment_info.routing_config
             if routing.current_deployment_version.build_id != (self.build or ""):
                 await self._make_current(client, found.conflict_token)

@@ -126,6 +126,12 @@ async def test_promoting_again_changes_nothing_and_an_older_version_takes_over_a
     assert await workers_of(order) == ["v2", "v1"]
 
 
+async def test_where_there_never_was_a_version_workers_without_one_are_current(shop: Shop, name: str) -> None:
+    await shop.open()
+    assert (await promote(shop, name, None))[-1] == f"{name} unversioned is the current version"
+    assert f"{name} unversioned takes over" not in " ".join(await promote(shop, name, None))
+
+
 async def test_from_workers_without_a_version_and_back(shop: Shop, name: str) -> None:
     await shop.open()
     first = await parked(shop)

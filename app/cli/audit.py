@@ -66,7 +66,8 @@ def audit(
     began = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     options = Options(since=began, page=page, settle_seconds=settle)
     try:
-        report = asyncio.run(_audit(load(), partners, temporal, options))
+        # Beside a process that serves metrics, as in its container, the port is taken.
+        report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options))
     except db.UNAVAILABLE as error:
         typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None

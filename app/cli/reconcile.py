@@ -46,11 +46,13 @@ def reconcile(
     from app.settings import load
 
     request = ReconcileRequest(apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle)
+    # Beside a process that serves metrics, as in its container, the port is taken.
+    settings = load(metrics_port=0)
     try:
         if every is not None:
-            asyncio.run(_schedule(load(), request, every))
+            asyncio.run(_schedule(settings, request, every))
             raise typer.Exit(ExitCode.OK)
-        report = asyncio.run(_reconcile(load(), request))
+        report = asyncio.run(_reconcile(settings, request))
     except InvalidRequest as error:
         typer.echo(f"trellis: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from None

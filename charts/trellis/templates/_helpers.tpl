@@ -1,0 +1,58 @@
+{{/* Names, labels, image: what every template uses. */}}
+
+{{- define "trellis.name" -}}
+{{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "trellis.fullname" -}}
+{{- $name := include "trellis.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{ .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name -}}
+{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else -}}
+{{ printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
+{{- end -}}
+{{- end }}
+
+{{/* What selectors go by. (dict "root" $ "component" "api") */}}
+{{- define "trellis.selector" -}}
+app.kubernetes.io/name: {{ include "trellis.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "trellis.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{ include "trellis.selector" . }}
+app.kubernetes.io/version: {{ include "trellis.version" .root | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{- end }}
+
+{{/* Tag and beginning of the digest: names a version, and fits a label. */}}
+{{- define "trellis.version" -}}
+{{- $digest := .Values.image.digest | trimPrefix "sha256:" | trunc 12 -}}
+{{ list (.Values.image.tag | default (ternary "" .Chart.AppVersion (ne $digest ""))) $digest | compact | join "-" | trunc 63 }}
+{{- end }}
+
+{{- define "trellis.image" -}}
+{{- with .Values.image -}}
+{{ .repository }}
+{{- if or .tag (not .digest) }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
+{{- with .digest }}@{{ . }}{{ end }}
+{{- end -}}
+{{- end }}
+
+{{- define "trellis.serviceAccountName" -}}
+{{ .Values.serviceAccount.name | default (include "trellis.fullname" .) }}
+{{- end }}
+
+{{/* A worker with what it shares with the others, as JSON. (dict "root" $ "worker" {…}) */}}
+{{- define "trellis.worker" -}}
+{{- $v := .root.Values -}}
+{{- $worker := mergeOverwrite (deepCopy $v.podDefaults) (deepCopy $v.workerDefaults) (deepCopy (.worker | default dict)) -}}
+{{- $queue := ternary $v.taskQueues.shipping $v.taskQueues.order (eq $worker.role "shipping") -}}
+{{ set $worker "taskQueue" ($worker.taskQueue | default $queue) | toJson }}
+{{- end }}

@@ -1,0 +1,159 @@
+{{/* The parts of a pod that all of the product's have in common. Each takes a dict:
+     root       $
+     component  api, worker, migrate, …
+     options    `podDefaults`, with what goes before it
+     labels     more labels, optional
+     postgresql "app", "migrate", or nothing: no PostgreSQL
+     temporal   true: Temporal
+     serves     true: runs as replicas and has metrics */}}
+
+{{- define "trellis.podMetadata" -}}
+labels:
+  {{- include "trellis.labels" . | nindent 2 }}
+  {{- if .serves }}
+  trellis.dev/metrics: "true"
+  {{- end }}
+  {{- with mergeOverwrite (deepCopy .options.podLabels) (.labels | default dict) }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+annotations:
+  # Changed settings and passwords of the chart's own make new pods.
+  checksum/config: {{ include "trellis.configChecksum" .root }}
+  {{- with .root.Values.metrics }}
+  {{- if and $.serves .annotations (not .podMonitor.enabled) (not .serviceMonitor.enabled) }}
+  prometheus.io/scrape: "true"
+  prometheus.io/port: "9464"
+  prometheus.io/path: /metrics
+  {{- end }}
+  {{- end }}
+  {{- with .options.podAnnotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "trellis.podSpec" -}}
+{{- $options := .options -}}
+serviceAccountName: {{ include "trellis.serviceAccountName" .root }}
+automountServiceAccountToken: false
+# Those of a Service `trellis-api` would look like the setting TRELLIS_API_PORT.
+enableServiceLinks: false
+{{- with .root.Values.global.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+securityContext: {{ toYaml $options.podSecurityContext | nindent 2 }}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}
+{{- with get $options $key }}
+{{ $key }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
+{{- if and .serves $options.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- $selector := dict "matchLabels" (merge (include "trellis.selector" . | fromYaml) (.labels | default dict)) }}
+  {{- range $options.topologySpreadConstraints }}
+  - {{ merge (deepCopy .) (dict "labelSelector" $selector "matchLabelKeys" (list "pod-template-hash")) | toYaml | nindent 4 | trim }}
+  {{- end }}
+{{- end }}
+{{- with $options.extraInitContainers }}
+initContainers: {{ toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {sizeLimit: 64Mi}
+  {{- range include "trellis.secretVolumes" . | fromYamlArray }}
+  - name: {{ .name }}
+    projected: {sources: {{ .sources | toJson }}}
+  {{- end }}
+  {{- with $options.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "trellis.container" -}}
+{{- $v := .root.Values -}}
+image: {{ include "trellis.image" .root }}
+imagePullPolicy: {{ $v.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+envFrom:
+  - configMapRef: {name: {{ include "trellis.fullname" .root }}}
+{{- with include "trellis.env" . | trim }}
+env:
+  {{- . | nindent 2 }}
+{{- end }}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+  {{- range include "trellis.secretVolumes" . | fromYamlArray }}
+  - {name: {{ .name }}, mountPath: /etc/trellis/{{ .name }}, readOnly: true}
+  {{- end }}
+  {{- with .options.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "trellis.env" -}}
+{{- $v := .root.Values -}}
+{{- with .postgresql }}
+{{- include "trellis.databaseEnv" (dict "root" $.root "role" .) | nindent 0 }}
+{{- end }}
+{{- if and .temporal (include "trellis.apiKeySecret" .root) }}
+- name: TRELLIS_TEMPORAL_API_KEY
+  valueFrom: {secretKeyRef: {name: {{ include "trellis.apiKeySecret" .root }}, key: {{ $v.temporalClient.apiKey.key }}}}
+{{- end }}
+{{- if $v.otel.endpoint }}
+{{- with $v.otel.headersSecret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.otel.headersKey }}}}
+{{- end }}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- name: OTEL_RESOURCE_ATTRIBUTES
+  value: k8s.namespace.name={{ .root.Release.Namespace }},k8s.pod.name=$(POD_NAME),service.version={{ include "trellis.version" .root }}
+{{- end }}
+{{- with .env }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- with .options.extraEnv }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{/* CAs and certificates, as a list of {name, sources}; each is mounted at /etc/trellis/<name>. */}}
+{{- define "trellis.secretVolumes" -}}
+{{- $database := .root.Values.database -}}
+{{- if and .postgresql $database.caSecret }}
+- name: postgresql
+  sources:
+    - secret: {name: {{ $database.caSecret }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
+{{- end }}
+{{- with .root.Values.temporalClient.tls }}
+{{- if and $.temporal (or .caSecret .certSecret) }}
+- name: temporal
+  sources:
+    {{- with .caSecret }}
+    - secret: {name: {{ . }}, items: [{key: {{ $.root.Values.temporalClient.tls.caKey }}, path: ca.crt}]}
+    {{- end }}
+    {{- with .certSecret }}
+    - secret: {name: {{ . }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
+    {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "trellis.configChecksum" -}}
+{{- $rendered := "" -}}
+{{- range list "configmap" "secret-database" "secret-temporal" -}}
+{{- $rendered = print $rendered (include (print $.Template.BasePath "/config/" . ".yaml") $) -}}
+{{- end -}}
+{{ sha256sum $rendered }}
+{{- end }}
+
+{{/* For kube-score, which would have a CPU limit, though throttling costs more than a busy neighbour, and images pulled at each start,
+     though a tag or digest that never moves needs it once. */}}
+{{- define "trellis.scoreAnnotations" -}}
+kube-score/ignore: container-resources,container-image-pull-policy
+{{- end }}

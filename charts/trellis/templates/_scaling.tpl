@@ -1,0 +1,83 @@
+{{/* How many pods, and how fast. */}}
+
+{{/* The fewest pods there are by intention. (the merged options of API or a worker) */}}
+{{- define "trellis.fewestPods" -}}
+{{- if (.keda | default dict).enabled -}}
+{{ .keda.minReplicas }}
+{{- else if .autoscaling.enabled -}}
+{{ .autoscaling.minReplicas }}
+{{- else -}}
+{{ .replicas }}
+{{- end -}}
+{{- end }}
+
+{{/* (dict "root" $ "component" … "labels" … "name" … "autoscaling" {…}) */}}
+{{- define "trellis.hpa" -}}
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  name: {{ .name }}
+  labels: {{ include "trellis.labels" . | nindent 4 }}
+    {{- with .labels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ .name }}}
+  minReplicas: {{ .autoscaling.minReplicas }}
+  maxReplicas: {{ .autoscaling.maxReplicas }}
+  metrics:
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: {{ .autoscaling.targetCPU }}}
+  {{- with .autoscaling.behavior }}
+  behavior: {{ toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+
+{{/* (dict "root" $ "component" … "labels" … "name" … "pdb" {…}) */}}
+{{- define "trellis.pdb" -}}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ .name }}
+  labels: {{ include "trellis.labels" . | nindent 4 }}
+    {{- with .labels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  maxUnavailable: {{ .pdb.maxUnavailable }}
+  # A pod that waits for its servers does no work; it must not keep a node from being drained.
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  selector:
+    matchLabels:
+      {{- include "trellis.selector" . | nindent 6 }}
+      {{- with .labels }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+{{- end }}
+
+{{/* KEDA asks from a namespace of its own, where a short name leads nowhere. */}}
+{{- define "trellis.kedaEndpoint" -}}
+{{- if .Values.temporalClient.address -}}
+{{ .Values.temporalClient.address }}
+{{- else -}}
+{{ .Release.Name }}-temporal-frontend.{{ .Release.Namespace }}.svc:7233
+{{- end -}}
+{{- end }}
+
+{{/* Which key of which Secret is what, for a TriggerAuthentication; as a list. */}}
+{{- define "trellis.kedaSecrets" -}}
+{{- with .Values.temporalClient -}}
+{{- with include "trellis.apiKeySecret" $ }}
+- {parameter: apiKey, name: {{ . }}, key: {{ $.Values.temporalClient.apiKey.key }}}
+{{- end }}
+{{- with .tls.certSecret }}
+- {parameter: cert, name: {{ . }}, key: tls.crt}
+- {parameter: key, name: {{ . }}, key: tls.key}
+{{- end }}
+{{- if .tls.caSecret }}
+- {parameter: ca, name: {{ .tls.caSecret }}, key: {{ .tls.caKey }}}
+{{- end }}
+{{- end -}}
+{{- end }}
