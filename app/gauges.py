@@ -25,7 +25,10 @@ _READER_LOCK: Final = 0x7472656C6C6973
 _CLAIM: Final = "SELECT pg_try_advisory_lock($1)"
 
 # Both walk an index over what is still open, however many orders have ended.
-_OPEN: Final = "SELECT state, count(*) AS orders FROM orders WHERE state = ANY($1) GROUP BY state"
+_OPEN: Final = """
+SELECT state, count(*) AS orders, clock_timestamp() - min(state_since) AS oldest
+FROM orders WHERE state = ANY($1) GROUP BY state
+"""
 _UNSETTLED: Final = "SELECT clock_timestamp() - min(created_at) AS age FROM payments WHERE status = 'INIT'"
 
 log = structlog.get_logger(__name__)
@@ -67,4 +70,8 @@ async def read(connection: asyncpg.Connection) -> None:
     still_open = [step for step in Step if step not in FINAL_STEPS]
     rows = await connection.fetch(_OPEN, still_open)
     age = await connection.fetchval(_UNSETTLED)
-    ORDER_GAUGES.set({row["state"]: row["orders"] for row in rows}, age.total_seconds() if age else 0.0)
+    ORDER_GAUGES.set(
+        {row["state"]: row["orders"] for row in rows},
+        {row["state"]: row["oldest"].total_seconds() for row in rows},
+        age.total_seconds() if age else 0.0,
+    )

@@ -279,31 +279,42 @@ class OrderGauges:
 
     def __init__(self) -> None:
         self._open: dict[str, int] | None = None
+        self._oldest: dict[str, float] = {}
         self._unsettled_age = 0.0
         self._read_at = 0.0
 
-    def set(self, open_orders: dict[str, int], unsettled_age: float) -> None:
+    def set(self, open_orders: dict[str, int], oldest: dict[str, float], unsettled_age: float) -> None:
         """Publish what was read."""
-        self._open, self._unsettled_age, self._read_at = open_orders, unsettled_age, time.monotonic()
+        self._open, self._oldest, self._unsettled_age = open_orders, oldest, unsettled_age
+        self._read_at = time.monotonic()
 
     def clear(self) -> None:
         """Publish nothing: another process does."""
         self._open = None
 
     def describe(self) -> Iterable[Metric]:
-        return self._families({}, 0.0)
+        return self._families({}, {}, 0.0)
 
     def collect(self) -> Iterable[Metric]:
         if self._open is None or time.monotonic() - self._read_at > STALE_AFTER:
             return ()
-        return self._families(self._open, self._unsettled_age)
+        return self._families(self._open, self._oldest, self._unsettled_age)
 
-    def _families(self, counts: dict[str, int], age: float) -> Iterable[Metric]:
+    def _families(self, counts: dict[str, int], oldest: dict[str, float], age: float) -> Iterable[Metric]:
         orders = GaugeMetricFamily("trellis_orders_open", "Orders that have not ended, by step.", labels=["step"])
         for step in Step:
             if not step.final:
                 orders.add_metric([step], counts.get(step, 0))
         yield orders
+        stays = GaugeMetricFamily(
+            "trellis_orders_oldest_age_seconds",
+            "Time the longest-staying order has been at the step; 0 when there is none.",
+            labels=["step"],
+        )
+        for step in Step:
+            if not step.final:
+                stays.add_metric([step], oldest.get(step, 0.0))
+        yield stays
         yield GaugeMetricFamily(
             "trellis_payments_unsettled_age_seconds",
             "Age of the oldest payment whose outcome is not known; 0 when there is none.",

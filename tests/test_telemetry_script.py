@@ -46,6 +46,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "trellis_payments": ("counter", {"status"}),
     "trellis_refunds": ("counter", {"outcome"}),
     "trellis_orders_open": ("gauge", {"step"}),
+    "trellis_orders_oldest_age_seconds": ("gauge", {"step"}),
     "trellis_payments_unsettled_age_seconds": ("gauge", set()),
     "http_server_request_duration_seconds": ("histogram", {"method", "route", "status"}),
     "trellis_db_query_duration_seconds": ("histogram", {"operation"}),
@@ -342,6 +343,7 @@ def test_requests_and_statements_are_counted(run: Run) -> None:
 def test_what_is_stuck_shows(run: Run) -> None:
     page = run.at_the_end
     assert page.values("trellis_orders_open", "", "step") == {"charging": 1, "prepared": 1}
+    assert page.values("trellis_orders_oldest_age_seconds", "", "step").keys() == {"charging", "prepared"}
     assert page.values("trellis_payments_unsettled_age_seconds", "")[()] > 0
     assert page.values("trellis_refunds", "_total", "outcome")["refused"] >= 1
 

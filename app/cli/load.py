@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 import typer
 
 from app.cli import output
-from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, Body, ExitCode, Url, connect
-from app.cli.demo import MIX, MOST_TOLD, SHIP, Drive, Report, Scenario, _Driver, percentile
-from app.cli.demo import _duration as duration
+from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, ExitCode, Url, connect
+from app.cli.demo import MIX, MOST_TOLD, SHIP, Drive, Driver, Report, Scenario, duration, percentile
 from app.steps import Step
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 #: What was charged is given back, because the carrier refuses the address for ever.
-REFUND: Final = Scenario("refund", Step.SHIPPING_FAILED)
-REFUSED_ZIP: Final = "00002"
+REFUND: Final = Scenario("refund", Step.SHIPPING_FAILED, zip="00002")
 
 #: How many of a hundred orders go each way.
 WEIGHTS: Final[dict[Scenario, int]] = {SHIP: 50} | dict.fromkeys((*MIX, REFUND), 10)
@@ -180,7 +178,7 @@ class _Load:
 
     async def _drive(self, http: httpx.AsyncClient, drive: Drive) -> None:
         try:
-            await _Order(http, self._url, self.calls, drive, time.monotonic() + self._plan.patience).drive()
+            await Driver(http, self._url, self.calls, drive, time.monotonic() + self._plan.patience).drive()
         except asyncio.CancelledError:
             self.tally.abandoned += 1
             raise
@@ -214,13 +212,6 @@ class _Load:
         if self._stop.is_set():
             self._leave.set()
         self._stop.set()
-
-
-class _Order(_Driver):
-    async def _call(self, method: str, rest: str, body: Body | None = None) -> Any:
-        if body and self.order.scenario is REFUND:
-            body = body | {"address": body["address"] | {"zip": REFUSED_ZIP}}
-        return await super()._call(method, rest, body)
 
 
 @contextlib.contextmanager
