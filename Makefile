@@ -9,8 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 ARGS ?=
+# The name in kind-config.yaml.
+CLUSTER ?= trellis
 
-.PHONY: help run test test-fast check fmt lock faults bench clean install sbom
+# Every program that is missing, at once.
+needs = missing=; for program in $(1); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+  [ -z "$$missing" ] || { echo "Not found:$$missing. See docs/contributing-cluster.md."; exit 1; }
+
+.PHONY: help run test test-fast check fmt lock faults bench clean install sbom chart cluster-up cluster-down deploy
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  \033[36m%-12s\033[0m %s\n", $$1, $$2}'
@@ -37,20 +43,48 @@ fmt: $(VENV)/.dev ## Format the code and mend what can be mended
 faults: $(VENV)/.dev ## Break the real stack for MINUTES (3) with a SEED, then audit the books (ARGS="--kill-everything 20")
 	$(BIN)/python -m tests.faults $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-bench: $(VENV)/.dev ## Measure (ARGS=--quick)
+bench: $(VENV)/.bench ## Cost per order beside its alternatives (ARGS="--quick --only trellis dbos")
 	$(BIN)/python -m bench $(ARGS)
 
+# `bench` comes on top of the others in the same .venv: what both have must be the same version.
 lock: $(VENV)/.dev ## Lock the dependencies anew, by hash and without any index address (ARGS=--upgrade)
 	for group in runtime local test dev; do \
 	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-annotate --custom-compile-command "make lock" $(ARGS) pyproject.toml \
 	    $$([ $$group = runtime ] || echo --group $$group) -o requirements/$$group.txt || exit 1; \
 	done
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --custom-compile-command "make lock" $(ARGS) --constraint requirements/dev.txt \
+	  --group bench -o requirements/bench.txt
 
 install: $(VENV)/.dev ## Install everything into .venv
 
 sbom: ## What the image contains, as CycloneDX: build/trellis.cdx.json (needs Docker)
 	DOCKER_BUILDKIT=1 docker build --target sbom --output build .
+
+chart: ## Check the chart, as far as that needs no cluster (needs helm; ARGS="install" for a case of tests/cluster)
+	tests/cluster/run $(or $(ARGS),static)
+
+cluster-up: ## A local Kubernetes of one node, by kind-config.yaml (needs kind and Docker)
+	@$(call needs,docker kind kubectl)
+	kind get clusters 2>/dev/null | grep -qx $(CLUSTER) || kind create cluster --name $(CLUSTER) --config kind-config.yaml --wait 120s
+	@echo "Up. Next: make deploy"
+
+cluster-down: ## Remove it, with all that is on it
+	@$(call needs,docker kind)
+	kind delete cluster --name $(CLUSTER)
+
+deploy: ## Build the image and install the chart on it, or upgrade it (ARGS="--set api.replicas=2")
+	@$(call needs,docker kind kubectl helm)
+	@kind get clusters 2>/dev/null | grep -qx $(CLUSTER) || { echo "There is no cluster $(CLUSTER): make cluster-up"; exit 1; }
+	DOCKER_BUILDKIT=1 docker build --quiet --tag trellis:dev .
+	@# A tag by content: Kubernetes starts new pods if, and only if, the image is another one.
+	set -eu; tag=$$(docker image inspect --format '{{.Id}}' trellis:dev | cut -c 8-19); \
+	  docker tag trellis:dev trellis:$$tag; \
+	  kind load docker-image --name $(CLUSTER) trellis:$$tag; \
+	  helm upgrade --install trellis charts/trellis --kube-context kind-$(CLUSTER) --values charts/trellis/values-dev.yaml \
+	    --set image.tag=$$tag --wait --timeout 10m $(ARGS)
+	@echo "The API: http://localhost:30080 (docs at /docs). Or, at the usual port: kubectl port-forward svc/trellis-api 8000"
 
 clean: ## Remove what was built and installed; the data of `make run` stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* htmlcov
@@ -72,4 +106,9 @@ $(VENV)/.local: requirements/local.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.local
 	@echo "Installing the tools for tests and checks."
 	$(PIP) install --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.local
+	@echo "Installing what is measured against, and what draws the plots."
+	$(PIP) install --require-hashes -r requirements/bench.txt
 	@touch $@
