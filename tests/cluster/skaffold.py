@@ -1,6 +1,6 @@
 """What skaffold.yaml says, compared with its schema and with the files it names: `skaffold.py FILE OUT [SCHEMA]`.
 
-Writes `{profile}.values.json` for the default and for `dev`: the values that skaffold would hand to helm.
+Writes `{profile}.values`: the values files that skaffold would hand to helm, one a line.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ def with_profile(config: dict[str, Any], name: str) -> dict[str, Any]:
         place: Any = config
         for key in way:
             place = place[int(key) if isinstance(place, list) else key]
-        assert last not in place, f"{patch['path']} is there already"
-        place[last] = patch["value"]
+        if isinstance(place, list):
+            place.insert(int(last), patch["value"])
+        else:
+            assert last not in place, f"{patch['path']} is there already"
+            place[last] = patch["value"]
     return config
 
 
@@ -60,7 +63,9 @@ def main() -> None:
             jsonschema.validate(profile, json.loads(Path(schema).read_text()))
         check(profile)
         [release] = profile["deploy"]["helm"]["releases"]
-        (Path(out) / f"{name}.values.json").write_text(json.dumps(release.get("overrides", {})))
+        # Skaffold 2.16 removes the file it makes of them before helm reads it, when it renders.
+        assert "overrides" not in release, "put them into a values file"
+        (Path(out) / f"{name}.values").write_text("".join(f"{file}\n" for file in release["valuesFiles"]))
     print(f"cluster: skaffold.yaml, {config['apiVersion']}: {', '.join(profiles)}")  # noqa: T201
 
 

@@ -1,9 +1,16 @@
 # shellcheck shell=bash
 # `kind create cluster` with kind-config.yaml, the image and the chart on it, and the API at the port that the file maps.
 
+over() { # over COMMAND…: what takes the cluster down, once it was looked at
+  local code=$?
+  trap - EXIT
+  ((code == 0)) || evidence default || true
+  "$@"
+  exit "$code"
+}
 if [ -x "${CLUSTER_KIT:-}" ]; then
   "$CLUSTER_KIT" install docker kind
-  trap '"$CLUSTER_KIT" kind down; stop_forwards' EXIT
+  trap 'over "$CLUSTER_KIT" kind down' EXIT
   began=$(seconds)
   "$CLUSTER_KIT" kind up --config kind-config.yaml || fail "kind create cluster --config kind-config.yaml"
   say "kind create cluster: $(since "$began") s"
@@ -14,7 +21,7 @@ if [ -x "${CLUSTER_KIT:-}" ]; then
   eval "$("$CLUSTER_KIT" kind env)"
 elif command -v kind >/dev/null && docker info >/dev/null 2>&1; then
   export KUBECONFIG=$WORK/kind.kubeconfig
-  trap 'kind delete cluster --name "$PREFIX"; stop_forwards' EXIT
+  trap 'over kind delete cluster --name "$PREFIX"' EXIT
   began=$(seconds)
   kind create cluster --name "$PREFIX" --config kind-config.yaml --wait 180s || fail "kind create cluster --config kind-config.yaml"
   say "kind create cluster: $(since "$began") s"

@@ -13,9 +13,10 @@ else
 fi
 "$WORK/skaffold/bin/python" "$here/skaffold.py" skaffold.yaml "$WORK" "$schema" || fail "skaffold.yaml"
 
-# The profiles as helm and kubectl see them; the file above has written the values that skaffold would hand over.
+# The profiles as helm and kubectl see them; the program above has written down their values files.
 for profile in default dev; do
-  helm template trellis charts/trellis --values charts/trellis/values-dev.yaml --values "$WORK/$profile.values.json" \
+  mapfile -t files <"$WORK/$profile.values"
+  helm template trellis charts/trellis "${files[@]/#/--values=}" \
     --set image.repository=trellis,image.tag=content >"$WORK/$profile.rendered" || fail "the chart with the profile $profile"
   grep -q 'image: "\{0,1\}trellis:content' "$WORK/$profile.rendered" || fail "$profile: the built image is not in the chart"
 done
@@ -27,10 +28,16 @@ else
 fi
 
 if command -v skaffold >/dev/null; then
-  say "skaffold $(skaffold version)"
+  export SKAFFOLD_UPDATE_CHECK=false
+  say "skaffold itself"
+  echo '{"builds": [{"imageName": "trellis", "tag": "trellis:content"}]}' >"$WORK/built.json"
   for profile in '' dev observability; do
     skaffold diagnose --yaml-only ${profile:+--profile "$profile"} >"$WORK/diagnosed" 2>&1 || { cat "$WORK/diagnosed"; fail "skaffold diagnose $profile"; }
-    say "skaffold diagnose ${profile:-without a profile}: $(wc -l <"$WORK/diagnosed") lines"
+    skaffold render ${profile:+--profile "$profile"} --build-artifacts "$WORK/built.json" --digest-source tag --offline \
+      --output "$WORK/skaffold.yaml" >"$WORK/render" 2>&1 || { cat "$WORK/render"; fail "skaffold render $profile"; }
+    # Every image of the product is the one that was built.
+    if grep -E '^ *(- )?image: "?trellis(:|"|$)' "$WORK/skaffold.yaml" | grep -v 'trellis:content'; then fail "skaffold left another image"; fi
+    say "skaffold render ${profile:-without a profile}: $(grep -c '^kind: ' "$WORK/skaffold.yaml") resources"
   done
 else
   skip "SKAFFOLD ITSELF WAS NOT RUN: there is none here; its file was compared with its schema"

@@ -4,8 +4,11 @@
 set -eu
 trap 'exit 143' TERM
 
+# With a limit: a call that got lost would be waited for without end.
+operator() { temporal operator "$@" --command-timeout 30s; }
+
 n=0
-until out=$(temporal operator cluster health --command-timeout 15s 2>&1); do
+until out=$(operator cluster health 2>&1); do
   [ $((n % 15)) -ne 0 ] || printf 'waiting for Temporal at %s\n%s\n' "$TEMPORAL_ADDRESS" "$out"
   n=$((n + 1))
   sleep 2
@@ -21,24 +24,24 @@ retry() { # COMMAND…: what has just been made is not known to every part of th
 }
 
 namespace() { # NAME SECONDS
-  if ! found=$(temporal operator namespace describe --namespace "$1" --output json 2>&1); then
+  if ! found=$(operator namespace describe --namespace "$1" --output json 2>&1); then
     case $found in *"not found"*) ;; *) echo "$found"; return 1 ;; esac
-    temporal operator namespace create --namespace "$1" --retention "$2s" || return 1
+    operator namespace create --namespace "$1" --retention "$2s" || return 1
     echo "namespace $1: created"
   elif printf '%s' "$found" | grep -q "\"workflowExecutionRetentionTtl\": *\"$2s\""; then
     echo "namespace $1: as wanted"
   else
-    temporal operator namespace update --namespace "$1" --retention "$2s" || return 1
+    operator namespace update --namespace "$1" --retention "$2s" || return 1
     echo "namespace $1: retention set to $2 s"
   fi
 }
 
 attribute() { # NAMESPACE NAME TYPE
-  found=$(temporal operator search-attribute list --namespace "$1" --output json) || return 1
+  found=$(operator search-attribute list --namespace "$1" --output json) || return 1
   if printf '%s' "$found" | grep -q "\"$2\":"; then
     echo "search attribute $2 in $1: exists"
   else
-    temporal operator search-attribute create --namespace "$1" --name "$2" --type "$3" || return 1
+    operator search-attribute create --namespace "$1" --name "$2" --type "$3" || return 1
     echo "search attribute $2 in $1: created"
   fi
 }
