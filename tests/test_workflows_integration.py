@@ -72,11 +72,11 @@ class Clock:
         """Let so much time go by."""
         await self.environment.sleep(time)
 
-    async def passes_until(self, order: Order, *steps: Step) -> None:
-        """Let time go by, second by second, until the order is at one of `steps`."""
+    async def passes_until(self, order: Order, *steps: Step, pace: timedelta = timedelta(seconds=1)) -> None:
+        """Let time go by, at this pace, until the order is at one of `steps`."""
 
         async def there() -> bool:
-            await self.passes(seconds(1))
+            await self.passes(pace)
             return (await order.status())[0] in steps
 
         await until(there, f"{order.id} to reach {steps}")
@@ -146,7 +146,10 @@ async def test_an_order_waits_out_a_long_outage_and_asks_once_a_minute(clock: Cl
 async def test_a_shipment_gives_up_on_a_carrier_that_never_answers_and_is_refunded(clock: Clock) -> None:
     async with clock.shop.outage("carrier"):
         order = await clock.shop.approved()
-        await clock.passes_until(order, Step.SHIPPING_FAILED)
+        began = await clock.environment.get_current_time()
+        # It is asked for the parcel for an hour.
+        await clock.passes_until(order, Step.SHIPPING_FAILED, pace=timedelta(minutes=1))
+    assert await clock.environment.get_current_time() - began > timedelta(hours=1)
     _, error = await order.status()
     assert error is not None
     assert "asked for it back" in error
@@ -165,7 +168,7 @@ async def test_a_cancellation_while_the_shipment_gives_up_does_not_pretend_that_
 
         await until(is_asked_back, "the shipment to ask the silent carrier for the parcel")
         await order.cancel()
-        await clock.passes_until(order, Step.SHIPPING_FAILED, Step.CANCELLED)
+        await clock.passes_until(order, Step.SHIPPING_FAILED, Step.CANCELLED, pace=timedelta(minutes=1))
     assert await order.ends() is Step.SHIPPING_FAILED
     assert "asked for it back" in ((await order.status())[1] or "")
 
