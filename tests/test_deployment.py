@@ -242,7 +242,7 @@ def test_what_is_missing_is_asked_for(shop: Shop, monkeypatch: pytest.MonkeyPatc
         (["promote", "--build-id", "v1", "--unversioned"], 2, "exclude each other"),
         (["show"], 2, "TEMPORAL_DEPLOYMENT_NAME"),
         (["show", "--name", "nobody-has-this"], 1, "no Worker Deployment found"),
-        (["promote", "--name", "a.b", "--build-id", "v1", "--timeout", "2"], 1, "no worker of a.b:v1"),
+        (["promote", "--name", "a.b", "--build-id", "v1", "--timeout", "6"], 1, "no worker of a.b:v1"),
     ):
         result = CliRunner().invoke(app, ["deployment", *arguments])
         assert (result.exit_code, said in f"{result.output}{result.exception}") == (code, True), result.output
