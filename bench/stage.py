@@ -19,7 +19,7 @@ from temporalio.client import Client
 
 from app.db import migrate
 from app.local.postgres import MAINTENANCE, LocalPostgres
-from app.local.processes import Launch, ServerProcess, free_port
+from app.local.processes import Launch, ServerProcess, free_port, listens
 from app.local.temporal import LocalTemporal
 from bench.meter import Meter
 from bench.plan import Plan
@@ -140,7 +140,7 @@ class Stage:
         process = ServerProcess("world", Launch(command, self.data / "world.log", cwd=ROOT))
         process.spawn()
         try:
-            await process.ready(lambda: _listens(port))
+            await process.ready(lambda: listens(port))
             self._world, self._world_url = _pid(process), f"http://127.0.0.1:{port}"
             yield
         finally:
@@ -195,18 +195,9 @@ class Program:
         url = f"http://127.0.0.1:{metrics}/readyz" if metrics else None
 
         async def ready() -> bool:
-            return await (_answers(url) if url else _listens(self.port))
+            return await (_answers(url) if url else listens(self.port))
 
         await self.process.ready(ready, timeout=60)
-
-
-async def _listens(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
 
 
 async def _answers(url: str) -> bool:

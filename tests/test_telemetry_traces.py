@@ -6,8 +6,8 @@ import asyncio
 import signal
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from app.tracing import ALLOWED
 from tests.support import until_step
 from tests.telemetry import (
     Collector,
+    Process,
     ReceivedSpan,
     environment,
     free_port,
@@ -141,26 +142,36 @@ async def test_an_order_is_one_trace(
         _check_links(collector.spans, trace_id)
 
 
-async def test_a_killed_worker_leaves_no_gap_and_no_double(settings: Settings, tmp_path: Path, order: str) -> None:
+@asynccontextmanager
+async def _in_parts(
+    folder: Path, env: dict[str, str], *, first: dict[str, str]
+) -> AsyncIterator[tuple[httpx.AsyncClient, Process]]:
+    """The product as processes of their own: its API, and the worker of orders, which has the environment `first`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    async with (
+        started(folder / "api", env, "app", "api", "--port", str(port)) as serving,
+        started(folder / "shipping", env, "app", "worker", "shipping"),
+        started(folder / "first", first, "app", "worker", "default") as worker,
+        httpx.AsyncClient(base_url=url) as api,
+    ):
+        await until_ready(url, serving)
+        yield api, worker
+
+
+async def test_a_killed_worker_leaves_no_gap_and_no_double(settings: Settings, tmp_path: Path, order: str) -> None:
     with grpc_collector() as collector:
         env = environment(settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
-        async with AsyncExitStack() as stack:
-            for name, command in {"api": ["api", "--port", str(port)], "shipping": ["worker", "shipping"]}.items():
-                process = await stack.enter_async_context(started(tmp_path / name, env, "app", *command))
-            first = await stack.enter_async_context(started(tmp_path / "first", env, "app", "worker", "default"))
-            api = await stack.enter_async_context(httpx.AsyncClient(base_url=url))
-            await until_ready(url, process)
+        async with _in_parts(tmp_path, env, first=env) as (api, first):
             await _start(api, order)
             trace_id = (await api.get(f"/orders/{order}")).json()["trace_id"]
             # The order waits: its attempts and their statements are there already, its workflow is not.
             await collector.until("RunActivity:validate", trace_id)
             assert "RunWorkflow:OrderWorkflow" not in {span.name for span in collector.trace(trace_id)}
             assert await first.stop(signal.SIGKILL) == -signal.SIGKILL
-            await stack.enter_async_context(started(tmp_path / "second", env, "app", "worker", "default"))
-            assert await _finish(api, order) == trace_id
-            await collector.until("RunWorkflow:OrderWorkflow", trace_id)
+            async with started(tmp_path / "second", env, "app", "worker", "default"):
+                assert await _finish(api, order) == trace_id
+                await collector.until("RunWorkflow:OrderWorkflow", trace_id)
         spans = collector.trace(trace_id)
         assert tree(spans) == WHOLE
         _check_durations(spans)
@@ -172,26 +183,19 @@ async def test_a_worker_killed_in_mid_charge_leaves_its_statements_and_a_second_
 ) -> None:
     """The provider has charged, and the worker dies before it can write that down. What it was about dies with it;
     what it had sent stays, below an attempt that never ended, and the next attempt tells the rest once."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     with grpc_collector() as collector:
         env = environment(settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
         # The provider takes three seconds, in which the statements before are sent.
         dying = {**env, "TRELLIS_FAILPOINTS": "charge.after_gateway=die", "OTEL_BSP_SCHEDULE_DELAY": "1000"}
-        async with AsyncExitStack() as stack:
-            for name, command in {"api": ["api", "--port", str(port)], "shipping": ["worker", "shipping"]}.items():
-                process = await stack.enter_async_context(started(tmp_path / name, env, "app", *command))
-            first = await stack.enter_async_context(started(tmp_path / "first", dying, "app", "worker", "default"))
-            api = await stack.enter_async_context(httpx.AsyncClient(base_url=url))
-            await until_ready(url, process)
+        async with _in_parts(tmp_path, env, first=dying) as (api, first):
             await _start(api, order, "pay-slow-1")
             (await api.post(f"/orders/{order}/signals/approve")).raise_for_status()
             assert await asyncio.wait_for(first.running.wait(), 30) == EXIT_CODE
-            await stack.enter_async_context(started(tmp_path / "second", env, "app", "worker", "default"))
-            # The first attempt is given up after its 40 s.
-            await until_step(api, order, "shipped", timeout=90)
-            trace_id = (await api.get(f"/orders/{order}")).json()["trace_id"]
-            await collector.until("RunWorkflow:OrderWorkflow", trace_id)
+            async with started(tmp_path / "second", env, "app", "worker", "default"):
+                # The first attempt is given up after its 40 s.
+                await until_step(api, order, "shipped", timeout=90)
+                trace_id = (await api.get(f"/orders/{order}")).json()["trace_id"]
+                await collector.until("RunWorkflow:OrderWorkflow", trace_id)
         spans = collector.trace(trace_id)
         known = {span.span_id for span in spans}
         left = [span for span in spans if span.parent_id not in known and span.name != "POST /orders/{id}/start"]

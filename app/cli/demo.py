@@ -81,6 +81,16 @@ class Drive:
         """It ended as its scenario says."""
         return self.step is self.scenario.ends_as
 
+    def as_dict(self) -> dict[str, str | None]:
+        """For JSON: what was expected, and what came."""
+        return {
+            "order_id": self.order_id,
+            "scenario": self.scenario.name,
+            "expected": self.scenario.ends_as,
+            "step": self.step,
+            "trouble": self.trouble,
+        }
+
 
 @dataclass
 class Report:
@@ -245,16 +255,7 @@ def _as_json(report: Report) -> dict[str, Any]:
         "start_seconds": _spread(drive.start_seconds for drive in report.drives),
         "end_to_end_seconds": _spread(drive.end_to_end_seconds for drive in report.drives),
         "calls_repeated": report.calls_repeated,
-        "unexpected": [
-            {
-                "order_id": drive.order_id,
-                "scenario": drive.scenario.name,
-                "expected": drive.scenario.ends_as,
-                "step": drive.step,
-                "trouble": drive.trouble,
-            }
-            for drive in report.unexpected
-        ],
+        "unexpected": [drive.as_dict() for drive in report.unexpected],
     }
 
 
@@ -265,11 +266,16 @@ def _print(report: Report) -> None:
         f"{len(report.drives)} orders in {report.seconds:.1f} s, {report.per_second:.1f} orders/s{repeated}, "
         f"{len(report.unexpected)} unexpected"
     )
-    for drive in report.unexpected[:MOST_TOLD]:
+    tell_of(report.unexpected)
+
+
+def tell_of(unexpected: Sequence[Drive]) -> None:
+    """Name the first of the orders that ended otherwise."""
+    for drive in unexpected[:MOST_TOLD]:
         found = drive.trouble or drive.step
         output.line(f"{drive.order_id} ({drive.scenario.name}): {found}, not {drive.scenario.ends_as}")
-    if len(report.unexpected) > MOST_TOLD:
-        output.line(f"and {len(report.unexpected) - MOST_TOLD} more; --json names them all")
+    if len(unexpected) > MOST_TOLD:
+        output.line(f"and {len(unexpected) - MOST_TOLD} more; --json names them all")
 
 
 _COLUMNS: Final = (

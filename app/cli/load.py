@@ -17,7 +17,7 @@ import typer
 
 from app.cli import output
 from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, ExitCode, Url, connect
-from app.cli.demo import MIX, MOST_TOLD, SHIP, Drive, Driver, Report, Scenario, duration, percentile
+from app.cli.demo import MIX, SHIP, Drive, Driver, Report, Scenario, duration, percentile, tell_of
 from app.steps import Step
 
 if TYPE_CHECKING:
@@ -297,11 +297,7 @@ def _print(plan: Plan, this: _Load) -> None:
         f"{tally.started} orders in {this.seconds:.1f} s, seed {plan.seed}: "
         + ", ".join([*more, f"{len(tally.unexpected)} unexpected"])
     )
-    for drive in tally.unexpected[:MOST_TOLD]:
-        found = drive.trouble or drive.step
-        output.line(f"{drive.order_id} ({drive.scenario.name}): {found}, not {drive.scenario.ends_as}")
-    if len(tally.unexpected) > MOST_TOLD:
-        output.line(f"and {len(tally.unexpected) - MOST_TOLD} more; --json names them all")
+    tell_of(tally.unexpected)
 
 
 def _as_json(plan: Plan, this: _Load) -> dict[str, Any]:
@@ -319,16 +315,7 @@ def _as_json(plan: Plan, this: _Load) -> dict[str, Any]:
         ],
         "start_seconds": dict(zip(_PERCENTILES, _spread(tally.start_seconds), strict=True)),
         "calls_repeated": this.calls.calls_repeated,
-        "unexpected": [
-            {
-                "order_id": drive.order_id,
-                "scenario": drive.scenario.name,
-                "expected": drive.scenario.ends_as,
-                "step": drive.step,
-                "trouble": drive.trouble,
-            }
-            for drive in tally.unexpected
-        ],
+        "unexpected": [drive.as_dict() for drive in tally.unexpected],
     }
 
 

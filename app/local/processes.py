@@ -383,6 +383,16 @@ def check_port(port: int, what: str, option: str) -> None:
     listen("127.0.0.1", port, what, option).close()
 
 
+async def listens(port: int) -> bool:
+    """Whether somebody listens on `port` of 127.0.0.1."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 where nobody listens.
 

