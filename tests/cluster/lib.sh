@@ -1,30 +1,14 @@
 # shellcheck shell=bash
-# What the cases share. Sourced by tests/cluster/run, which sets WORK, PREFIX, RUN, CHART, IMAGE, NEXT and PYTHON.
+# What the cases share. Sourced by tests/cluster/run, which sets WORK, PREFIX, RUN, CHART, IMAGE, NEXT, PYTHON
+# and the repository's place.
 
-say() { printf 'cluster: %s\n' "$*"; }
-fail() {
-  say "FAILED: $*" >&2
-  exit 1
-}
+SUITE=cluster
+# shellcheck source=tests/lib.sh
+source "$repository/tests/lib.sh"
+
 skip() { # what could not be tested here, once more in the last lines of the run
   say "SKIPPED, $*"
   echo "$*" >>"$WORK/skipped"
-}
-equal() { # equal FOUND EXPECTED WHAT
-  [ "$1" = "$2" ] || fail "$3 is \"$1\", not \"$2\""
-  say "$3: $1"
-}
-seconds() { date +%s.%N; }
-since() { python3 -c 'import sys, time; print(f"{time.time() - float(sys.argv[1]):.1f}")' "$1"; }
-json() { python3 -c 'import json, sys; d = json.load(sys.stdin); print(eval(sys.argv[1]))' "$1"; }
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-until_true() { # until_true SECONDS WHAT COMMAND…
-  local deadline=$((SECONDS + $1)) what=$2
-  shift 2
-  until "$@"; do
-    ((SECONDS < deadline)) || fail "$what"
-    sleep 0.3
-  done
 }
 
 # --- namespaces
@@ -113,16 +97,6 @@ stop_forwards() { ((${#forwards[@]} == 0)) || kill "${forwards[@]}" 2>/dev/null 
 
 orders() { "$PYTHON" -m tests.cluster.drive --url "$API" "$@"; } # see drive.py
 demo() { "$TRELLIS" demo --url "$API" "$@"; }
-start_order() { # start_order ORDER PAYMENT [REVIEW_SECONDS]
-  curl --fail-with-body -sS -X POST "$API/orders/$1/start" -H 'content-type: application/json' \
-    -d "{\"payment_id\":\"$2\",\"review_timeout_seconds\":${3:-60}}" >/dev/null || fail "start of $1"
-}
-approve() { curl --fail-with-body -sS -X POST "$API/orders/$1/signals/approve" >/dev/null || fail "approval of $1"; }
-step() { curl -sS --max-time 5 "$API/orders/$1/status" 2>/dev/null | json 'd.get("step")' 2>/dev/null || echo unknown; }
-is_at() { [ "$(step "$1")" = "$2" ]; }
-until_step() { # until_step ORDER STEP [SECONDS]
-  until_true "${3:-60}" "$1 does not get to $2 in ${3:-60} s" is_at "$1" "$2"
-}
 
 # --- the books
 
@@ -132,14 +106,10 @@ sql() {
   read -r namespace pod <<<"${DATABASE:-$NS trellis-postgresql-0}"
   kubectl --namespace "$namespace" exec "$pod" -- psql --username postgres --dbname trellis --tuples-only --no-align --command "$1"
 }
-
-# The provider's own books, which know nothing of the product's.
-charges() { sql "SELECT count(*) FROM sandbox.charges WHERE payment = '$1'"; }
-charged_once() { equal "$(charges "$1")" 1 "charges of $1 in the provider's books"; }
 books_clean() {
   equal "$(sql 'SELECT count(*) FROM (SELECT FROM sandbox.charges GROUP BY payment HAVING count(*) > 1) AS twice')" 0 \
     "payments charged twice in the provider's books"
-  k exec deploy/trellis-api -- env TRELLIS_METRICS_PORT=0 trellis audit --settle 0 >"$WORK/audit" 2>&1 || {
+  k exec deploy/trellis-api -- trellis audit --settle 0 >"$WORK/audit" 2>&1 || {
     cat "$WORK/audit"
     fail "trellis audit"
   }

@@ -11,7 +11,7 @@ PATH=$PATH:$WORK/tools/bin
 yamllint --strict --config-file "$here/yamllint.yaml" kind-config.yaml skaffold.yaml charts/*/values*.yaml charts/*/Chart.yaml \
   charts/*/charts/*/values*.yaml charts/*/charts/*/Chart.yaml "$here"/*.yaml || fail yamllint
 # SC2154: what tests/cluster/run sets for its cases.
-find charts tests/cluster -name '*.sh' -print0 | xargs -0 shellcheck --severity warning --exclude SC2154 tests/cluster/run || fail shellcheck
+find charts tests/cluster -name '*.sh' -print0 | xargs -0 shellcheck --severity warning --exclude SC2154 tests/lib.sh tests/cluster/run || fail shellcheck
 say "yamllint, shellcheck: clean"
 
 # --- schemas: of Kubernetes itself, and the definitions that other projects publish in their modules

@@ -6,7 +6,7 @@ namespace versioning
 install --set workerVersioning.enabled=true
 forward
 current() { # the build id that gets the orders
-  k exec deploy/trellis-worker-default -- env TRELLIS_METRICS_PORT=0 trellis deployment show --json 2>/dev/null |
+  k exec deploy/trellis-worker-default -- trellis deployment show --json 2>/dev/null |
     json '[each["build_id"] for each in d if each["state"] == "current"]'
 }
 promoted() { [ "$(current)" = "['${1##*:}']" ]; }
