@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+from contextlib import suppress
+from typing import Final, NoReturn
+
 import typer
 
 from app.cli import deployment, order, serve
@@ -36,10 +42,34 @@ app.command(epilog=EXIT_CODES)(demo)
 app.command(epilog=EXIT_CODES)(load)
 
 
-def main() -> None:
+#: The SDK's native part. Its threads run for as long as the process does.
+_CORE: Final = "temporalio.bridge.temporal_sdk_bridge"
+
+
+def main() -> NoReturn:
     """The console script. What went wrong is one line on standard error, never a stack trace."""
+    code: str | int | None = 0
     try:
         app()
+    except SystemExit as end:
+        code = end.code
     except TrellisError as error:
         typer.echo(f"trellis: {error}", err=True)
-        raise SystemExit(1) from None
+        code = 1
+    if _CORE in sys.modules and not isinstance(code, str):
+        _end_beside_the_core(code or 0)
+    sys.exit(code)
+
+
+def _end_beside_the_core(code: int) -> NoReturn:
+    """Do what the interpreter does at its end but for taking itself apart.
+
+    A thread of the core that lets go of a Python object meanwhile aborts the process ("PyGILState_Release: thread
+    state must be current when releasing", CPython 3.11), after the command has done all its work: its caller would
+    take that for a failure.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 - the interpreter's own way, which has no public name
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
