@@ -1,14 +1,16 @@
 """The timeline, and the one way an order changes its state: together, in one transaction.
 
-Every function takes the connection of the caller's transaction, apart from `AttemptLog`, which tells of attempts
-whose own transaction is gone. Each happening has a `key`; the same key is written once, so a retried activity adds
-nothing twice. The order's row is locked before the event gets its id, so ids follow the commits of an order.
+Every function takes the connection of the caller's transaction, or the pool where its one statement is all that there
+is to write; apart from `AttemptLog`, which tells of attempts whose own transaction is gone. Each happening has a `key`;
+the same key is written once, so a retried activity adds nothing twice. The order's row is locked before the event gets
+its id, so ids follow the commits of an order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from app.errors import IllegalTransition
 from app.steps import FINAL_STEPS, Step, steps_before
@@ -18,18 +20,35 @@ if TYPE_CHECKING:
 
     from app.db import Connection
 
-_ENTER = """
+
+def moving(*, sets: str = "", when: str = "true", before: str = "", after: str = "") -> str:
+    """The statement that moves an order and tells of it, for `enter`: text for a module's constants.
+
+    One statement is one transaction and one round trip; `BEGIN`, two statements and `COMMIT` are four. What a feature
+    has to write in the same transaction goes in here, with arguments from `$6` on.
+
+    Args:
+        sets: further columns of the order to set, such as `, tracking = $6`.
+        when: a further condition of the move.
+        before: a part that comes before the move, such as `claimed AS (INSERT ...)`; it can read `was`, the order's
+            row, which is locked.
+        after: a part that is carried out if the order moves: it is to read `moved`.
+    """
+    return f"""
 WITH was AS (
     SELECT id, state, state_since FROM orders WHERE id = $1 FOR NO KEY UPDATE
-), moved AS (
-    UPDATE orders SET state = $2, state_since = clock_timestamp(), last_error = $5
-    FROM was WHERE orders.id = was.id AND was.state = ANY($3)
+){f", {before}" if before else ""}, moved AS (
+    UPDATE orders SET state = $2, state_since = clock_timestamp(), last_error = $5{sets}
+    FROM was WHERE orders.id = was.id AND was.state = ANY($3) AND {when}
     RETURNING orders.id, was.state AS left_step, extract(epoch FROM orders.state_since - was.state_since) AS seconds
 ), told AS (
     INSERT INTO events (order_id, type, payload_json, key) SELECT id, $2, $4, $2 FROM moved
-)
+){f", {after}" if after else ""}
 SELECT left_step, seconds FROM moved
-"""
+"""  # noqa: S608 - put together from literals alone, when a module is loaded
+
+
+_ENTER: Final = moving()
 
 _ENTERED_BEFORE = "SELECT EXISTS (SELECT FROM events WHERE order_id = $1 AND key = $2)"
 
@@ -75,30 +94,61 @@ class Move:
 
 
 async def enter(
-    connection: Connection,
+    connection: Connection | asyncpg.Pool,
     order_id: str,
     step: Step,
     payload: dict[str, Any] | None = None,
     *,
     error: str | None = None,
+    by: str = _ENTER,
+    arguments: Sequence[Any] = (),
 ) -> Move | None:
     """Move the order to `step` and tell of it, once. None when it had entered the step before.
 
-    `error` becomes the order's `last_error`; without one, the success clears it.
+    Args:
+        connection: of the caller's transaction; or the pool, where there is no more to write than this.
+        error: becomes the order's `last_error`; without one, the success clears it.
+        by: a statement made by `moving`, with its own `arguments`.
 
     Raises:
         IllegalTransition: the order is unknown, or is at a step from which there is no way to this one.
     """
-    moved = await connection.fetchrow(_ENTER, order_id, step, steps_before(step), payload or {}, error)
-    if moved:
-        return Move(Step(moved["left_step"]), float(moved["seconds"]))
-    if await connection.fetchval(_ENTERED_BEFORE, order_id, step):
-        return None
-    state = await connection.fetchval("SELECT state FROM orders WHERE id = $1", order_id)
-    raise IllegalTransition(f"{order_id} from {state or 'nowhere'} to {step}")
+    move = await try_to_enter(connection, order_id, step, payload, error=error, by=by, arguments=arguments)
+    if move is None:
+        await require_entered(connection, order_id, step)
+    return move
 
 
-async def record(connection: Connection, order_id: str, event: str, payload: dict[str, Any], *, key: str) -> None:
+async def try_to_enter(
+    connection: Connection | asyncpg.Pool,
+    order_id: str,
+    step: Step,
+    payload: dict[str, Any] | None = None,
+    *,
+    error: str | None = None,
+    by: str = _ENTER,
+    arguments: Sequence[Any] = (),
+) -> Move | None:
+    """The same, for a caller that has its own questions when nothing was moved, which is None."""
+    moved = await connection.fetchrow(by, order_id, step, steps_before(step), payload or {}, error, *arguments)
+    return Move(Step(moved["left_step"]), float(moved["seconds"])) if moved else None
+
+
+async def require_entered(connection: Connection | asyncpg.Pool, order_id: str, step: Step) -> None:
+    """Raises `IllegalTransition` unless the order has entered `step` before."""
+    if not await connection.fetchval(_ENTERED_BEFORE, order_id, step):
+        state = await connection.fetchval("SELECT state FROM orders WHERE id = $1", order_id)
+        raise IllegalTransition(f"{order_id} from {state or 'nowhere'} to {step}")
+
+
+async def lock(connection: Connection, order_id: str) -> None:
+    """Let nobody else move the order or tell of it before this transaction ends."""
+    await connection.execute("SELECT FROM orders WHERE id = $1 FOR NO KEY UPDATE", order_id)
+
+
+async def record(
+    connection: Connection | asyncpg.Pool, order_id: str, event: str, payload: dict[str, Any], *, key: str
+) -> None:
     """Tell of something that is not a step, once per `key`. An unknown order has no timeline: nothing is told."""
     await connection.execute(_RECORD, order_id, event, payload, key)
 

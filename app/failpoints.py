@@ -34,7 +34,6 @@ NAMES: Final = (
     "receive.before_write",
     "receive.before_reply",
     "validate.before_write",
-    "validate.in_transaction",
     "validate.before_reply",
     "close.before_write",
     "close.before_reply",
@@ -42,7 +41,6 @@ NAMES: Final = (
     "change_address.before_reply",
     "note.before_reply",
     "charge.before_claim",
-    "charge.in_claim",
     "charge.before_gateway",
     "charge.after_gateway",
     "charge.in_settlement",
@@ -57,11 +55,9 @@ NAMES: Final = (
     "dispatch.before_freeze",
     "dispatch.before_carrier",
     "dispatch.after_carrier",
-    "dispatch.in_settlement",
     "dispatch.before_reply",
     "recall.before_carrier",
     "recall.after_carrier",
-    "recall.in_settlement",
     "recall.before_reply",
 )
 

@@ -46,21 +46,19 @@ WITH received AS (
 INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'received', $10, 'received' FROM received
 """
 
+_OPEN_REVIEW = events.moving(
+    sets=", review_deadline = clock_timestamp() + make_interval(secs => $6)",
+    when="NOT EXISTS (SELECT FROM payments WHERE payment_id = $7 AND order_id <> $1)",
+)
+
 _PAYMENT_OWNER = """
 SELECT order_id FROM payments WHERE payment_id = $1 AND order_id <> $2
-"""
-
-_OPEN_REVIEW = """
-UPDATE orders SET review_deadline = clock_timestamp() + make_interval(secs => $2)
-WHERE id = $1 AND state = 'received'
 """
 
 _CHANGE_ADDRESS = """
 UPDATE orders SET address_json = $2
 WHERE id = $1 AND dispatch_started_at IS NULL AND NOT (state = ANY($3))
 """
-
-_LOCK = "SELECT FROM orders WHERE id = $1 FOR NO KEY UPDATE"
 
 _DECIDED = "SELECT type FROM events WHERE order_id = $1 AND key = $2"
 
@@ -133,28 +131,29 @@ class OrderRepository:
         Raises:
             OrderRejected: the payment id belongs to another order; the order has entered `rejected`.
         """
-        owned = False
-        async with self._pool.acquire() as connection, connection.transaction():
-            owned = await connection.fetchval(_PAYMENT_OWNER, order.request.payment_id, order.order_id)
-            if owned:
-                reason = f"{order.request.payment_id} belongs to another order"
-                step = Step.REJECTED
-                move = await events.enter(connection, order.order_id, step, {"reason": reason}, error=reason)
-            else:
-                seconds = order.review_timeout_seconds
-                await connection.execute(_OPEN_REVIEW, order.order_id, float(seconds))
-                step = Step.AWAITING_REVIEW
-                reach("validate.in_transaction")
-                move = await events.enter(connection, order.order_id, step, {"review_timeout_seconds": seconds})
-        metrics.entered(step, move)
-        if owned:
+        payment_id, seconds = order.request.payment_id, order.review_timeout_seconds
+        move = await events.try_to_enter(
+            self._pool,
+            order.order_id,
+            Step.AWAITING_REVIEW,
+            {"review_timeout_seconds": seconds},
+            by=_OPEN_REVIEW,
+            arguments=(float(seconds), payment_id),
+        )
+        metrics.entered(Step.AWAITING_REVIEW, move)
+        if move:
+            return
+        if await self._pool.fetchval(_PAYMENT_OWNER, payment_id, order.order_id):
+            reason = f"{payment_id} belongs to another order"
+            move = await events.enter(self._pool, order.order_id, Step.REJECTED, {"reason": reason}, error=reason)
+            metrics.entered(Step.REJECTED, move)
             raise OrderRejected(reason)
+        await events.require_entered(self._pool, order.order_id, Step.AWAITING_REVIEW)
 
     async def close(self, request: CloseOrder) -> None:
         """Enter a final step without a charge."""
         payload = {"reason": request.reason} | ({"note": request.note} if request.note else {})
-        async with self._pool.acquire() as connection, connection.transaction():
-            move = await events.enter(connection, request.order_id, request.step, payload)
+        move = await events.enter(self._pool, request.order_id, request.step, payload)
         metrics.entered(request.step, move)
 
     async def change_address(self, change: AddressChange, key: str) -> bool:
@@ -164,7 +163,7 @@ class OrderRepository:
         late does not undo a newer change.
         """
         async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_LOCK, change.order_id)
+            await events.lock(connection, change.order_id)
             event = await connection.fetchval(_DECIDED, change.order_id, key)
             if event is None:
                 status = await connection.execute(
@@ -177,8 +176,7 @@ class OrderRepository:
 
     async def note(self, note: NoteRequest, key: str) -> None:
         """Add to the timeline what did not change the order."""
-        async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(connection, note.order_id, note.type, note.payload, key=key)
+        await events.record(self._pool, note.order_id, note.type, note.payload, key=key)
 
     # --- what the API reads
 

@@ -1,8 +1,11 @@
-"""Payments in PostgreSQL. Each method is one transaction; no provider is called while one is open."""
+"""Payments in PostgreSQL. Each method is one transaction; no provider is called while one is open.
+
+Every transaction locks the order before the payment, so that no two ever wait for each other.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app import events, metrics
 from app.errors import PaymentConflict, PaymentDeclined, TooLate, TrellisError
@@ -16,6 +19,16 @@ if TYPE_CHECKING:
     import asyncpg
 
     from app.db import Connection
+
+# The usual claim, in one statement: the id is new, and the order at its step.
+_CLAIM_AND_ENTER = events.moving(
+    before="""claimed AS (
+    INSERT INTO payments (payment_id, order_id, status, amount, asked, currency)
+    SELECT $6, id, 'INIT', 0, $7, $8 FROM was WHERE state = ANY($3)
+    ON CONFLICT DO NOTHING RETURNING payment_id
+)""",
+    when="EXISTS (SELECT FROM claimed)",
+)
 
 _CLAIM = """
 INSERT INTO payments (payment_id, order_id, status, amount, asked, currency) VALUES ($1, $2, 'INIT', 0, $3, $4)
@@ -34,6 +47,13 @@ _CHARGED = """
 UPDATE payments SET status = 'CHARGED', amount = $2, provider_reference = $3, settled_at = clock_timestamp()
 WHERE payment_id = $1 AND status = 'INIT'
 """
+
+_SETTLE_AND_ENTER = events.moving(
+    after="""settled AS (
+    UPDATE payments SET status = 'CHARGED', amount = $7, provider_reference = $8, settled_at = clock_timestamp()
+    FROM moved WHERE payment_id = $6 AND status = 'INIT'
+)"""
+)
 
 _FAILED = """
 UPDATE payments SET status = 'FAILED', settled_at = clock_timestamp() WHERE payment_id = $1 AND status = 'INIT'
@@ -58,15 +78,33 @@ class PaymentRepository:
             PaymentConflict: the id belongs to another order or amount; the order has entered `payment_failed`.
             PaymentDeclined: the charge was declined in an earlier attempt; likewise.
         """
+        note = {"note": request.approval_note} if request.approval_note else {}
+        payload = {"payment_id": request.payment_id, **note}
+        money = request.money
+        move = await events.try_to_enter(
+            self._pool,
+            request.order_id,
+            Step.CHARGING,
+            payload,
+            by=_CLAIM_AND_ENTER,
+            arguments=(request.payment_id, money.amount, money.currency),
+        )
+        if move:
+            metrics.payment_entered(PaymentStatus.INIT)
+            metrics.entered(Step.CHARGING, move)
+            return None
+        return await self._resume_charge(request, payload)
+
+    async def _resume_charge(self, request: ChargeRequest, payload: dict[str, Any]) -> Receipt | None:
+        """`begin_charge` where the id is known already: from an earlier attempt, or from somebody else's."""
         async with self._pool.acquire() as connection, connection.transaction():
+            # Order before payment, as everywhere: who waits for whom is never a circle.
+            await events.lock(connection, request.order_id)
             claimed = await connection.execute(
                 _CLAIM, request.payment_id, request.order_id, request.money.amount, request.money.currency
             )
-            reach("charge.in_claim")
             payment = await connection.fetchrow(_LOCK, request.payment_id)
             refusal = _refusal(payment, request)
-            note = {"note": request.approval_note} if request.approval_note else {}
-            payload = {"payment_id": request.payment_id, **note}
             charging = await events.enter(connection, request.order_id, Step.CHARGING, payload)
             failed = await _close_unpaid(connection, request, str(refusal)) if refusal else None
         if claimed == "INSERT 0 1":
@@ -79,24 +117,25 @@ class PaymentRepository:
 
     async def complete_charge(self, request: ChargeRequest, receipt: Receipt) -> None:
         """Write down what was charged, and enter `charged`."""
-        async with self._pool.acquire() as connection, connection.transaction():
-            settled = await mark_charged(connection, request.payment_id, receipt)
-            reach("charge.in_settlement")
-            move = await events.enter(
-                connection,
-                request.order_id,
-                Step.CHARGED,
-                {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
-            )
-        _count(settled, PaymentStatus.CHARGED)
-        metrics.entered(Step.CHARGED, move)
+        money = receipt.money
+        move = await events.enter(
+            self._pool,
+            request.order_id,
+            Step.CHARGED,
+            {"payment_id": request.payment_id, "reference": receipt.reference, **_told(money)},
+            by=_SETTLE_AND_ENTER,
+            arguments=(request.payment_id, money.amount, receipt.reference),
+        )
+        if move:
+            metrics.payment_entered(PaymentStatus.CHARGED)
+            metrics.entered(Step.CHARGED, move)
 
     async def fail_charge(self, request: ChargeRequest, reason: str) -> None:
         """Write down that the provider declined, and enter `payment_failed`."""
         async with self._pool.acquire() as connection, connection.transaction():
-            settled = await mark_failed(connection, request.payment_id)
-            reach("charge.in_settlement")
             move = await _close_unpaid(connection, request, reason)
+            reach("charge.in_settlement")
+            settled = await mark_failed(connection, request.payment_id)
         _count(settled, PaymentStatus.FAILED)
         metrics.entered(Step.PAYMENT_FAILED, move)
 
@@ -120,8 +159,6 @@ class PaymentRepository:
     async def complete_refund(self, request: RefundRequest, receipt: Receipt) -> None:
         """Write down what was given back, and close the order."""
         async with self._pool.acquire() as connection, connection.transaction():
-            settled = await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
-            reach("refund.in_settlement")
             await events.record(
                 connection,
                 request.order_id,
@@ -129,6 +166,8 @@ class PaymentRepository:
                 {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
                 key="refunded",
             )
+            reach("refund.in_settlement")
+            settled = await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
             failed = request.close_as is Step.SHIPPING_FAILED
             move = await events.enter(
                 connection,

@@ -60,22 +60,21 @@ class LeftBehind:
 
     async def tell(self, order_id: str, payload: dict[str, Any], key: str) -> None:
         """The event `reconciled`, before anything is done: whatever a repair has begun, the timeline says so."""
-        async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(connection, order_id, "reconciled", payload, key=key)
+        await events.record(self._pool, order_id, "reconciled", payload, key=key)
 
     async def charged_late(self, left: Left, receipt: Receipt) -> None:
         """The charge of a closed order went through after all; it is still to be given back."""
         payload = {"found": "a charge after the order was closed", "reference": receipt.reference}
         async with self._pool.acquire() as connection, connection.transaction():
-            await mark_charged(connection, left.payment_id, receipt)
             await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
+            await mark_charged(connection, left.payment_id, receipt)
 
     async def never_charged(self, left: Left) -> None:
         """The charge of a closed order did not go through."""
         payload = {"found": "no charge at the provider"}
         async with self._pool.acquire() as connection, connection.transaction():
-            await mark_failed(connection, left.payment_id)
             await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
+            await mark_failed(connection, left.payment_id)
 
     async def payment_owner(self, payment_id: str) -> str | None:
         """The order that has claimed this payment id."""

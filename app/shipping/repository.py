@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from app import events, metrics
 from app.errors import OrderNotFound
-from app.failpoints import reach
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
 from app.steps import Step
@@ -20,7 +19,7 @@ UPDATE orders SET dispatch_started_at = coalesce(dispatch_started_at, clock_time
 WHERE id = $1 RETURNING address_json, tracking
 """
 
-_TAKEN = "UPDATE orders SET tracking = $2 WHERE id = $1"
+_TAKEN = events.moving(sets=", tracking = $6")
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class ShipmentRepository:
 
     async def prepare(self, order_id: str) -> None:
         """Enter `prepared`."""
-        async with self._pool.acquire() as connection, connection.transaction():
-            move = await events.enter(connection, order_id, Step.PREPARED)
+        move = await events.enter(self._pool, order_id, Step.PREPARED)
         metrics.entered(Step.PREPARED, move)
 
     async def begin_dispatch(self, order_id: str) -> Parcel:
@@ -60,14 +58,11 @@ class ShipmentRepository:
     async def complete_dispatch(self, order_id: str, handover: Handover, *, pickup: bool) -> None:
         """Write down that the carrier has the parcel, and enter `shipped`."""
         payload: dict[str, Any] = {"tracking": handover.tracking, "pickup": pickup}
-        async with self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(_TAKEN, order_id, handover.tracking)
-            reach("dispatch.in_settlement")
-            move = await events.enter(connection, order_id, Step.SHIPPED, payload)
+        move = await events.enter(
+            self._pool, order_id, Step.SHIPPED, payload, by=_TAKEN, arguments=(handover.tracking,)
+        )
         metrics.entered(Step.SHIPPED, move)
 
     async def complete_recall(self, order_id: str) -> None:
         """Tell that the parcel was withdrawn: nothing was shipped and nothing will be."""
-        async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(connection, order_id, "recalled", {}, key="recalled")
-            reach("recall.in_settlement")
+        await events.record(self._pool, order_id, "recalled", {}, key="recalled")
