@@ -24,7 +24,7 @@ from temporalio.worker import (
     WorkflowInterceptorClassInput,
 )
 
-from app import metrics, tracing
+from app import local_first, metrics, tracing
 from app.db import UNAVAILABLE
 from app.errors import TrellisError
 from app.events import Attempt, AttemptLog
@@ -121,12 +121,14 @@ def translate(error: Exception) -> ApplicationError:
 
 def _attempt(input: ExecuteActivityInput) -> Attempt:  # noqa: A002 - the SDK's name
     info = activity.info()
+    activity_id, failed_with = local_first.handed_over(info.activity_id)
     return Attempt(
         order_id=getattr(input.args[0], "order_id", "") if input.args else "",
         activity=info.activity_type,
-        activity_id=info.activity_id,
+        activity_id=activity_id,
         run_id=info.workflow_run_id or "",
-        number=info.attempt,
+        # The local attempt was the first.
+        number=info.attempt + (failed_with is not None),
     )
 
 
@@ -137,8 +139,10 @@ def _end(outcome: str, began: float, error_type: str | None = None, message: str
     level, error = log.info, {}
     if error_type is not None:
         tracing.failed(error_type)
-        # Travels with the next attempt, to whichever process: the repeat knows what it repeats.
-        activity.heartbeat(_Failed(attempt=info.attempt, error_type=error_type))
+        if not info.is_local:
+            # Travels with the next attempt, to whichever process: the repeat knows what it repeats. A local attempt
+            # has no heartbeat; the activity it is handed to is told by its id.
+            activity.heartbeat(_Failed(attempt=info.attempt, error_type=error_type))
         level, error = log.warning, {"error_type": error_type, "error": message}
     level("attempt", outcome=outcome, duration_seconds=round(seconds, 4), **error)
 
@@ -150,6 +154,8 @@ class _Failed(BaseModel):
 
 def _error_before(info: activity.Info) -> str:
     """Why this attempt is needed. An attempt that left no word ran out of time, or its worker died."""
+    if info.attempt == 1:
+        return local_first.handed_over(info.activity_id)[1] or ""
     for detail in info.heartbeat_details:
         if isinstance(detail, dict) and detail.get("attempt") == info.attempt - 1:
             return str(detail.get("error_type"))
@@ -158,6 +164,8 @@ def _error_before(info: activity.Info) -> str:
 
 def _may_be_repeated() -> bool:
     info = activity.info()
+    if info.is_local:
+        return True  # on the task queue
     most = info.retry_policy.maximum_attempts if info.retry_policy else 0
     return most == 0 or info.attempt < most
 

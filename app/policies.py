@@ -22,12 +22,23 @@ class ActivityOptions(TypedDict, total=False):
     retry_policy: RetryPolicy
 
 
+class LocalOptions(TypedDict):
+    """The same for `workflow.execute_local_activity`."""
+
+    start_to_close_timeout: timedelta
+    retry_policy: RetryPolicy
+
+
 #: One or two SQL statements. The pool gives up after 10 s, so 15 s means that the worker is gone. A database
 #: that restarts is back in seconds: repeat soon, but no more than twice a minute when it stays away.
 DATABASE: Final = ActivityOptions(
     start_to_close_timeout=timedelta(seconds=15),
     retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=500), maximum_interval=timedelta(seconds=30)),
 )
+
+#: The first attempt at it, where the workflow runs. Once, because a repeat belongs on the task queue, where it can be
+#: seen; and shorter than the workflow task's 10 s, as signals and updates of the order wait for it.
+LOCAL: Final = LocalOptions(start_to_close_timeout=timedelta(seconds=5), retry_policy=RetryPolicy(maximum_attempts=1))
 
 #: A provider's call (10 s at most, `TRELLIS_PARTNER_TIMEOUT`) between two transactions. For ever: the outcome of a
 #: charge that has begun must be known. Once a minute at most, because providers limit rates.

@@ -45,6 +45,7 @@ def build(client: Client, services: Services, part: WorkerPart) -> Worker:
         activities=part.activities,
         interceptors=[AttemptInterceptor(AttemptLog(services.pool))],
         max_concurrent_activities=settings.max_concurrent_activities,
+        max_concurrent_local_activities=settings.max_concurrent_activities,
         max_concurrent_workflow_tasks=settings.max_concurrent_workflow_tasks,
         max_cached_workflows=settings.max_cached_workflows,
         deployment_config=deployment.worker_config(settings),

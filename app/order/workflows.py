@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import WorkflowIDReusePolicy
-from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError, FailureError
+from temporalio.exceptions import ApplicationError, ChildWorkflowError, FailureError
 
 with workflow.unsafe.imports_passed_through():
-    from app import policies, signals
+    from app import local_first, policies, signals
     from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
@@ -96,7 +96,7 @@ class OrderWorkflow:
     # --- the steps, in their order
 
     async def _receive(self) -> None:
-        await workflow.execute_activity_method(OrderActivities.receive, self._order, **policies.DATABASE)
+        await local_first.write(OrderActivities.receive, self._order)
         self._written_down = True
 
     async def _validate(self) -> None:
@@ -104,8 +104,8 @@ class OrderWorkflow:
             await self._close(Step.CANCELLED, "cancelled before the review")
             return
         try:
-            await workflow.execute_activity_method(OrderActivities.validate, self._order, **policies.DATABASE)
-        except ActivityError as error:
+            await local_first.write(OrderActivities.validate, self._order)
+        except FailureError as error:
             self._enter_failed(Step.REJECTED, error, OrderRejected)
         else:
             self._step = Step.AWAITING_REVIEW
@@ -142,7 +142,7 @@ class OrderWorkflow:
                 ),
                 **policies.PAYMENT,
             )
-        except ActivityError as error:
+        except FailureError as error:
             self._enter_failed(Step.PAYMENT_FAILED, error, PaymentDeclined, PaymentConflict)
             return
         self._step = Step.CHARGED
@@ -171,13 +171,14 @@ class OrderWorkflow:
     async def _close(self, step: Step, reason: str, note: str = "") -> None:
         # First the fact, so that a decision arriving while the row is written is told that it is too late.
         self._step = step
+        # Not locally: a signal or an update that arrives meanwhile would undo the workflow task that ends the order.
         await workflow.execute_activity_method(
             OrderActivities.close,
             CloseOrder(order_id=self._order.order_id, step=step, reason=reason, note=note),
             **policies.DATABASE,
         )
 
-    def _enter_failed(self, step: Step, error: ActivityError, *expected: type[Exception]) -> None:
+    def _enter_failed(self, step: Step, error: FailureError, *expected: type[Exception]) -> None:
         """Enter a step that the activity has written down before it failed. Anything else is a defect: it fails
         the workflow visibly, and the order stays open for an operator."""
         if not failed_with(error, *expected):
@@ -239,7 +240,7 @@ class OrderWorkflow:
         )
         try:
             await workflow.execute_activity_method(PaymentActivities.refund, request, **policies.PAYMENT)
-        except ActivityError as error:
+        except FailureError as error:
             if not failed_with(error, TooLate):
                 raise
             await self._enter_shipped()

@@ -8,7 +8,7 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
 
 with workflow.unsafe.imports_passed_through():
-    from app import policies
+    from app import local_first, policies
     from app.failures import message
     from app.payment.activities import PaymentActivities
     from app.payment.models import RefundRequest
@@ -60,7 +60,7 @@ class ShippingWorkflow:
     # --- the story
 
     async def _prepare(self) -> None:
-        await workflow.execute_activity_method(ShippingActivities.prepare, self._shipment, **policies.DATABASE)
+        await local_first.write(ShippingActivities.prepare, self._shipment)
         self._step = Step.PREPARED
 
     async def _dispatch(self) -> Handover | None:
