@@ -12,7 +12,7 @@ import structlog
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from app import db, deployment, gauges, health, metrics, temporal
+from app import db, deployment, gauges, health, metrics, temporal, workflow_runner
 from app.events import AttemptLog
 from app.interceptors import AttemptInterceptor
 
@@ -48,6 +48,7 @@ def build(client: Client, services: Services, part: WorkerPart) -> Worker:
         max_concurrent_local_activities=settings.max_concurrent_activities,
         max_concurrent_workflow_tasks=settings.max_concurrent_workflow_tasks,
         max_cached_workflows=settings.max_cached_workflows,
+        workflow_runner=workflow_runner.runner(strict=settings.strict_sandbox),
         deployment_config=deployment.worker_config(settings),
         # A task for a worker that is gone goes to the others after this. With the default, 10 s, an update that meets
         # a stopping worker would not be answered within `update_timeout`.
