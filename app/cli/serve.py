@@ -98,7 +98,9 @@ def worker(
 ) -> None:
     """Work on one task queue. SIGTERM lets running attempts finish, then ends with exit code 0."""
     _end_on_sigterm()
-    asyncio.run(_work(_settings(), queue))
+    import uvloop
+
+    uvloop.run(_work(_settings(), queue))
 
 
 async def _work(settings: Settings, queue: Queue) -> None:
