@@ -76,9 +76,10 @@ class Readiness:
 
     async def states(self) -> dict[str, str]:
         """`ok` or the reason, for each."""
+        checks = dict(self._checks)  # others may come or go while these are asked
         with suppress_instrumentation():
-            states = await asyncio.gather(*(_state(check) for check in self._checks.values()))
-        return dict(zip(self._checks, states, strict=True))
+            states = await asyncio.gather(*map(_state, checks.values()))
+        return dict(zip(checks, states, strict=True))
 
 
 async def _state(check: Check) -> str:

@@ -23,20 +23,20 @@ from app.failures import failure
 
 Argument = TypeVar("Argument")
 
-#: Orders that began before this stood here go on as they began.
-_PATCH: Final = "local-first"
-
 #: Between an activity's name and the error that its local attempt ended with, in the id of the regular activity.
 _HANDED_OVER: Final = "~"
 
 
-async def write(step: Callable[[Any, Argument], Awaitable[None]], argument: Argument) -> None:
+async def write(step: Callable[[Any, Argument], Awaitable[None]], argument: Argument, *, local: bool) -> None:
     """Carry out a step. At most once in a workflow for each activity: its name is its id.
+
+    Args:
+        local: whether to try it here first. It travels in the workflow's input, so that every replay does the same.
 
     Raises:
         FailureError: no repeat can mend what it failed with.
     """
-    if not workflow.patched(_PATCH):
+    if not local:
         await workflow.execute_activity_method(step, argument, **policies.DATABASE)
         return
     name = step.__name__

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
     review_timeout_seconds: PositiveInt = Field(
         10, le=30 * 24 * 3600, description="Review window of an order that does not name its own."
     )
+    local_steps: bool = Field(
+        True,
+        description="Try steps of the database where the workflow runs before their task queue does. Off where workers "
+        "cache hardly a workflow, or are of a release that does not know it.",
+    )
     dispatch_attempts: PositiveInt = Field(
         10, description="Attempts at handing over a parcel before the order is refunded."
     )

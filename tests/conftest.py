@@ -110,6 +110,7 @@ def settings(servers: Servers, database_url: str) -> Settings:
     """Settings of this test alone: its database and its task queues on the shared Temporal."""
     unique = uuid.uuid4().hex[:8]
     return Settings(
+        strict_sandbox=True,
         database_url=database_url,
         temporal_address=servers.temporal_address,
         order_task_queue=f"orders-{unique}",

@@ -19,7 +19,7 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import db
+from app import db, failpoints
 from app.local.stack import LocalStack
 from app.order.models import Review, Verdict
 from app.settings import Settings
@@ -37,6 +37,21 @@ async def shipped(shop: Shop) -> Order:
     await order.reaches(Step.AWAITING_REVIEW)
     await order.approve()
     await order.approve()
+    return order
+
+
+async def local_steps(shop: Shop) -> Order:
+    """The same since steps of the database are tried where the workflow runs."""
+    return await shipped(shop)
+
+
+async def handed_over(shop: Shop) -> Order:
+    """Each of those steps fails there once."""
+    steps = ("receive", "validate", "prepare")
+    failpoints.arm(";".join(f"{step}.before_write=fail:1:1" for step in steps))
+    order = await shop.approved()
+    await order.ends()
+    failpoints.arm(None)
     return order
 
 
@@ -164,6 +179,8 @@ SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
         shipped,
+        local_steps,
+        handed_over,
         approved_early,
         expired,
         approved_with_the_timer,

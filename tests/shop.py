@@ -40,7 +40,7 @@ from app.steps import Step
 from app.wiring import Services, open_services
 from app.worker import WorkerPart
 from tests import books, databases
-from tests.support import until
+from tests.support import activities_of, until
 
 #: Seconds a test waits for what must happen; far more than it takes, because the machine may be busy.
 PATIENCE = 30.0
@@ -140,12 +140,8 @@ class Order:
         return [event async for event in self.workflow.fetch_history_events()]
 
     async def activities(self) -> list[str]:
-        """The activities it asked for, in order."""
-        return [
-            event.activity_task_scheduled_event_attributes.activity_type.name
-            for event in await self.history()
-            if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
-        ]
+        """The activities it carried out, in order."""
+        return activities_of(await self.history())
 
     async def recorded(self, kind: EventType.ValueType, times: int = 1) -> list[HistoryEvent]:
         """Wait until Temporal has recorded so many events of this kind."""
@@ -243,15 +239,17 @@ class Shop:
         address: Address | None = HOME,
         review: int | None = 60,
         attempts: int | None = None,
+        local_steps: bool | None = None,
         **more: Any,
     ) -> Order:
         """Place an order, as the API does. `payment` is a name that the sandbox knows, or any other; `attempts` are
-        those at handing the parcel over."""
+        those at handing the parcel over; `local_steps` is the setting."""
         # "pay-slow" becomes "pay-slow-1a2b": the sandbox goes by the first part, and no two orders share an id.
         unique = uuid.uuid4().hex[:10]
         order = Order(f"o-{unique}", self, f"{payment}-{unique}")
         request = StartOrder(payment_id=order.payment_id, address=address, review_timeout_seconds=review, **more)
-        chosen = self.settings.model_copy(update={"dispatch_attempts": attempts or self.settings.dispatch_attempts})
+        changes = {"dispatch_attempts": attempts, "local_steps": local_steps}
+        chosen = self.settings.model_copy(update={name: new for name, new in changes.items() if new is not None})
         await OrderService(chosen, self.repository, self.client).start(order.id, request)
         return order
 
@@ -382,6 +380,7 @@ async def fresh_settings(servers: Any, template: str, **more: Any) -> AsyncItera
     unique = uuid.uuid4().hex[:12]
     async with databases.database(servers.admin_url, template) as url:
         yield Settings(
+            strict_sandbox=True,
             database_url=url,
             order_task_queue=f"orders-{unique}",
             shipping_task_queue=f"shipping-{unique}",

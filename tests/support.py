@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.history.v1 import HistoryEvent
 
-from app import worker
+from app import local_first, worker
 from app.order.worker import order_worker
 from app.shipping.worker import shipping_worker
 from app.wiring import Services
@@ -76,4 +79,18 @@ async def until_step(client: httpx.AsyncClient, order_id: str, *steps: str, time
 
     wanted = " or ".join(steps)
     found: str = await until(reached, lambda: f"{order_id} to be {wanted}, and it is {step}", timeout)
+    return found
+
+
+def activities_of(history: Iterable[HistoryEvent]) -> list[str]:
+    """The activities that a workflow carried out, in order: each once, wherever its attempts ran."""
+    found = []
+    for event in history:
+        marker = event.marker_recorded_event_attributes
+        if marker.marker_name == "core_local_activity":
+            found.append(json.loads(marker.details["data"].payloads[0].data)["activity_type"])
+        elif event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+            scheduled = event.activity_task_scheduled_event_attributes
+            if local_first.handed_over(scheduled.activity_id)[1] is None:
+                found.append(scheduled.activity_type.name)
     return found

@@ -26,6 +26,7 @@ from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
 from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
+from tests.support import activities_of
 
 RUNNING, FAILED, COMPLETED = (
     WorkflowExecutionStatus.RUNNING,
@@ -275,11 +276,7 @@ async def _history(workflow: WorkflowHandle[Any, Any]) -> list[HistoryEvent]:
 
 
 async def _activities(workflow: WorkflowHandle[Any, Any]) -> list[str]:
-    return [
-        event.activity_task_scheduled_event_attributes.activity_type.name
-        for event in await _history(workflow)
-        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
-    ]
+    return activities_of(await _history(workflow))
 
 
 async def _signals(workflow: WorkflowHandle[Any, Any]) -> list[str]:

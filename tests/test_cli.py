@@ -246,6 +246,31 @@ async def test_no_api_is_one_line(command: tuple[str, ...]) -> None:
     assert end == Finished(4, "", f"trellis: no API at {url}; is `trellis run` running? choose another with --url\n")
 
 
+#: A command in a process that has the SDK's core in it, with something that tells when it is taken apart.
+BESIDE_THE_CORE = """
+import atexit, sys
+import temporalio.bridge.temporal_sdk_bridge
+from app.cli.main import main
+atexit.register(lambda: print("exit functions ran"))
+class LetGo:
+    def __del__(self):
+        print("taken apart")
+kept = LetGo()
+sys.argv = ["trellis", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("--help",), 0), (("deployment", "promote", "--name", "d"), 2), (("order", "nonsense"), 2)],
+)
+async def test_a_command_ends_beside_the_core_with_its_own_code(arguments: tuple[str, ...], code: int) -> None:
+    end = await Cli("http://127.0.0.1:1", "-c", BESIDE_THE_CORE)(*arguments)
+    assert end.code == code
+    assert end.out.endswith("exit functions ran\n"), "and nothing after them: the interpreter was not taken apart"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -29,9 +29,10 @@ from tests.support import serving, until
 
 #: start → approve → shipped, through HTTP.
 COST = {
-    "history events": 55,
-    "activities": 5,
-    "SQL statements": 24,
+    "history events": 40,
+    "activities on a task queue": 2,
+    "local activities": 3,
+    "SQL statements": 8,
     "SQL transactions": 8,
 }
 
@@ -117,7 +118,8 @@ async def test_an_order_costs_what_it_did(settings: Settings, shop: httpx.AsyncC
         events = await ship(shop, temporal, f"o-{unique}-{number}")
         cost = {
             "history events": events.total(),
-            "activities": events["EVENT_TYPE_ACTIVITY_TASK_SCHEDULED"],
+            "activities on a task queue": events["EVENT_TYPE_ACTIVITY_TASK_SCHEDULED"],
+            "local activities": events["EVENT_TYPE_MARKER_RECORDED"],
             "SQL statements": statements.texts.total(),
             "SQL transactions": statements.transactions,
         }

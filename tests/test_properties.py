@@ -19,12 +19,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
+from temporalio import activity
 from temporalio.client import (
     WorkflowFailureError,
     WorkflowUpdateFailedError,
@@ -33,7 +33,7 @@ from temporalio.client import (
 )
 from temporalio.common import RetryPolicy
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+from temporalio.worker import UnsandboxedWorkflowRunner
 
 from app import policies
 from app.errors import CarrierUnavailable, PaymentDeclined, PaymentUnavailable, ShipmentRefused
@@ -164,6 +164,8 @@ class Life:
     approvals: int = 0
     updates: list[tuple[str, WorkflowUpdateHandle[Decided]]] = field(default_factory=list)
     answers: list[tuple[str, bool]] = field(default_factory=list)
+    #: Updates sent from within local activities.
+    sending: list[asyncio.Task[None]] = field(default_factory=list)
 
     def trouble(self, call: str) -> str | None:
         """What goes wrong with this attempt."""
@@ -200,7 +202,15 @@ class Life:
                 await self._update(act, *UPDATES[act])
 
     async def _update(self, act: str, update: Any, argument: Any) -> None:
-        # Not awaited to its end: the activity from within which it is sent may be what it waits for.
+        # Not awaited to its end: the activity from within which it is sent may be what it waits for. And the workflow
+        # does not even hear of it as long as a local one runs.
+        sending = asyncio.create_task(self._send_update(act, update, argument))
+        if activity.in_activity() and activity.info().is_local:
+            self.sending.append(sending)
+        else:
+            await sending
+
+    async def _send_update(self, act: str, update: Any, argument: Any) -> None:
         handle = await _if_open(
             self.order.workflow.start_update(update, argument, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
         )
@@ -221,6 +231,7 @@ class Life:
                 await self._end()
         except TimeoutError:
             pytest.fail(f"it is stuck at {await self.order.status()}: {self.story}")
+        await asyncio.gather(*self.sending)
         self.answers = [(act, await _accepted(handle)) for act, handle in self.updates]
         step, _ = await self.order.status()
         assert step is not None
@@ -276,6 +287,7 @@ class World:
                 "order_task_queue": f"{shop.settings.order_task_queue}-{name}",
                 "shipping_task_queue": f"{shop.settings.shipping_task_queue}-{name}",
                 "max_cached_workflows": 0 if forgetful else shop.settings.max_cached_workflows,
+                "local_steps": not forgetful,
             }
         )
         return Shop(replace(shop.services, settings=chosen), shop.ledger)
@@ -488,7 +500,7 @@ def _soon() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATABASE", "PAYMENT", "RECALL", "RECALL_AFTER_GIVING_UP"):
             patch.setattr(policies, name, hurried(getattr(policies, name)))
-        patch.setattr("app.worker.Worker", partial(Worker, workflow_runner=UnsandboxedWorkflowRunner()))
+        patch.setattr("app.workflow_runner.runner", lambda **_: UnsandboxedWorkflowRunner())
         patch.setattr(policies, "dispatch", lambda attempts: hurried(dispatch(attempts)))
         yield
 

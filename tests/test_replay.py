@@ -177,8 +177,12 @@ async def _without_complaints() -> AsyncIterator[None]:
 
 @pytest.fixture(scope="module")
 async def shop(servers: Any, template: str) -> AsyncIterator[Shop]:
-    """A shop without workers: these tests bring their own."""
-    async with fresh_settings(servers, template) as settings, open_shop(settings, working=False) as opened:
+    """A shop without workers: these tests bring their own, most of which keep hardly a workflow in memory; hence
+    without local steps (docs/decisions/0040-local-first.md)."""
+    async with (
+        fresh_settings(servers, template, local_steps=False) as settings,
+        open_shop(settings, working=False) as opened,
+    ):
         yield opened
         await opened.audit()
 

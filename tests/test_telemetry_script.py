@@ -124,6 +124,7 @@ async def run(servers: Servers, shared_database: str, tmp_path_factory: pytest.T
         graceful_shutdown_timeout=5,
         dispatch_attempts=2,
         max_cached_workflows=0,
+        local_steps=False,
         metrics_port=metrics_port,
     )
     url, metrics_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"

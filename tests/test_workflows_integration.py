@@ -23,9 +23,19 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 
+from app import failpoints
 from app.errors import TooLate
 from app.order.activities import OrderActivities
-from app.order.models import MAX_REVIEW_SECONDS, AddressChange, OrderStatus, Review, Verdict
+from app.order.models import (
+    MAX_REVIEW_SECONDS,
+    AddressChange,
+    OrderInput,
+    OrderStatus,
+    Review,
+    StartOrder,
+    Verdict,
+    order_workflow_id,
+)
 from app.order.repository import OrderRepository
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
@@ -458,13 +468,72 @@ async def test_of_two_orders_with_one_payment_one_is_charged_and_the_other_ends_
 async def test_an_outage_of_the_payment_provider_is_visible_while_it_lasts_and_then_forgotten(shop: Shop) -> None:
     async with shop.outage("payments"):
         order = await shop.approved()
-        (failure,) = await order.tells("attempt_failed")
+        failure, *_ = await order.tells("attempt_failed")
         assert await order.status() == (Step.CHARGING, "The payment provider did not answer: 503 outage")
         assert failure.payload["retryable"] is True
     assert await order.ends() is Step.SHIPPED
     assert await order.status() == (Step.SHIPPED, None)
     assert (await order.events("attempt_retried"))[0].payload["error_type"] == "PaymentUnavailable"
     assert len(await shop.ledger.charges_of(order.payment_id)) == 1
+
+
+async def test_a_step_that_fails_where_the_workflow_runs_goes_on_from_its_task_queue(shop: Shop) -> None:
+    failpoints.arm("validate.before_write=fail:1:2")
+    try:
+        order = await shop.approved()
+        assert await order.ends() is Step.SHIPPED
+    finally:
+        failpoints.arm(None)
+    assert await order.activities() == ["receive", "validate", "charge"]
+    (scheduled,) = (
+        event.activity_task_scheduled_event_attributes
+        for event in await order.history()
+        if event.activity_task_scheduled_event_attributes.activity_type.name == "validate"
+    )
+    assert scheduled.activity_id == "validate~ServiceUnavailable"
+    # Counted on from the local attempt, each told once, with the error that made it necessary.
+    told = await order.events("attempt_failed", "attempt_retried")
+    assert [(event.type, event.payload["attempt"], event.payload["error_type"]) for event in told] == [
+        ("attempt_failed", 1, "ServiceUnavailable"),
+        ("attempt_retried", 2, "ServiceUnavailable"),
+        ("attempt_failed", 2, "ServiceUnavailable"),
+        ("attempt_retried", 3, "ServiceUnavailable"),
+    ]
+    assert all(event.payload["retryable"] for event in told if event.type == "attempt_failed")
+    assert await order.status() == (Step.SHIPPED, None)
+
+
+async def test_an_error_that_no_repeat_can_mend_is_not_handed_over(shop: Shop) -> None:
+    first = await shop.approved()
+    assert await first.ends() is Step.SHIPPED
+    # As if it had been started before the first one's payment was there: the API would refuse it now.
+    second = Order(f"{first.id}-b", shop, first.payment_id)
+    await shop.client.start_workflow(
+        OrderWorkflow.run,
+        OrderInput(
+            order_id=second.id,
+            request=StartOrder(payment_id=second.payment_id),
+            order_task_queue=shop.settings.order_task_queue,
+            local_steps=True,
+        ),
+        id=order_workflow_id(second.id),
+        task_queue=shop.settings.order_task_queue,
+    )
+    assert await second.ends() is Step.REJECTED
+    assert await second.activities() == ["receive", "validate"]
+    kinds = {event.event_type for event in await second.history()}
+    assert EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED not in kinds
+
+
+async def test_without_local_steps_every_step_is_an_activity_of_its_queue(shop: Shop) -> None:
+    order = await shop.approved(local_steps=False)
+    assert await order.ends() is Step.SHIPPED
+    scheduled = [
+        event.activity_task_scheduled_event_attributes.activity_type.name
+        for event in [*await order.history(), *[event async for event in order.shipment.fetch_history_events()]]
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
+    ]
+    assert scheduled == ["receive", "validate", "charge", "prepare", "dispatch"]
 
 
 async def test_a_lost_reply_does_not_charge_twice(shop: Shop) -> None:
@@ -546,7 +615,8 @@ async def test_a_shipment_does_not_overtake_an_address_that_was_sent_before_it(s
         await order.send_to(OFFICE)
         await order.approve()
         await order.reaches(Step.CHARGED)
-        await until(lambda: _has_seen_the_charge(order), "the workflow to go on after the charge")
+        # Recorded by the workflow task that went on after it.
+        await until(lambda: _asked_for(order, "charge"), "the workflow to go on after the charge")
         kinds = [event.event_type for event in await order.history()]
         slow.released.set()
         assert await order.ends() is Step.SHIPPED
@@ -556,24 +626,6 @@ async def test_a_shipment_does_not_overtake_an_address_that_was_sent_before_it(s
 
 def _is(one: Any, other: Any) -> bool:
     return bool(one.__name__ == other.__name__)
-
-
-async def _has_seen_the_charge(order: Order) -> bool:
-    history = await order.history()
-    (scheduled,) = (
-        event.event_id
-        for event in history
-        if event.activity_task_scheduled_event_attributes.activity_type.name == "charge"
-    )
-    charged = [
-        event.event_id
-        for event in history
-        if event.activity_task_completed_event_attributes.scheduled_event_id == scheduled
-    ]
-    return bool(charged) and any(
-        event.event_id > charged[0] and event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
-        for event in history
-    )
 
 
 async def test_an_address_is_refused_from_the_handover_on(shop: Shop) -> None:

@@ -143,6 +143,8 @@ class OrderInput(BaseModel):
     dispatch_attempts: int = 10
     order_task_queue: str = ORDER_TASK_QUEUE
     shipping_task_queue: str = SHIPPING_TASK_QUEUE
+    #: Off for orders that began before there was such a thing.
+    local_steps: bool = False
 
 
 class OrderResult(BaseModel):

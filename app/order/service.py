@@ -87,6 +87,7 @@ class OrderService:
                 dispatch_attempts=settings.dispatch_attempts,
                 order_task_queue=settings.order_task_queue,
                 shipping_task_queue=settings.shipping_task_queue,
+                local_steps=settings.local_steps,
             ),
             id=order_workflow_id(order_id),
             task_queue=settings.order_task_queue,

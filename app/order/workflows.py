@@ -96,7 +96,7 @@ class OrderWorkflow:
     # --- the steps, in their order
 
     async def _receive(self) -> None:
-        await local_first.write(OrderActivities.receive, self._order)
+        await local_first.write(OrderActivities.receive, self._order, local=self._order.local_steps)
         self._written_down = True
 
     async def _validate(self) -> None:
@@ -104,7 +104,7 @@ class OrderWorkflow:
             await self._close(Step.CANCELLED, "cancelled before the review")
             return
         try:
-            await local_first.write(OrderActivities.validate, self._order)
+            await local_first.write(OrderActivities.validate, self._order, local=self._order.local_steps)
         except FailureError as error:
             self._enter_failed(Step.REJECTED, error, OrderRejected)
         else:
@@ -197,6 +197,7 @@ class OrderWorkflow:
                 address=order.request.address,
                 dispatch_attempts=order.dispatch_attempts,
                 order_task_queue=order.order_task_queue,
+                local_steps=order.local_steps,
             ),
             id=shipping_workflow_id(order.order_id),
             task_queue=order.shipping_task_queue,

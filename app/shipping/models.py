@@ -42,6 +42,7 @@ class ShippingInput(BaseModel):
     address: Address | None = None
     dispatch_attempts: int = Field(10, description="Attempts at `dispatch` before the shipment gives up.")
     order_task_queue: str = Field("default", description="Where refunds run, for a shipment without parent.")
+    local_steps: bool = Field(False, description="Whether steps of the database are tried where the workflow runs.")
 
 
 class Shipment(BaseModel):

@@ -60,7 +60,7 @@ class ShippingWorkflow:
     # --- the story
 
     async def _prepare(self) -> None:
-        await local_first.write(ShippingActivities.prepare, self._shipment)
+        await local_first.write(ShippingActivities.prepare, self._shipment, local=self._shipping.local_steps)
         self._step = Step.PREPARED
 
     async def _dispatch(self) -> Handover | None:
