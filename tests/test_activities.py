@@ -36,6 +36,7 @@ from app.errors import (
 )
 from app.interceptors import translate
 from app.money import Money
+from app.order import repository as order_sql
 from app.order.activities import OrderActivities
 from app.order.models import AddressChange, CloseOrder, NoteRequest, OrderInput, StartOrder
 from app.order.repository import OrderRepository
@@ -44,6 +45,7 @@ from app.payment.activities import PaymentActivities
 from app.payment.gateway import Receipt, refund_key
 from app.payment.models import ChargeRequest, RefundRequest
 from app.payment.repository import PaymentRepository
+from app.shipping import repository as shipping_sql
 from app.shipping.activities import ShippingActivities
 from app.shipping.carrier import Handover
 from app.shipping.models import Address, Shipment
@@ -80,6 +82,21 @@ class Steps:
         if self._left is not None:
             self._left -= 1
         self.done.append(step)
+
+    @contextmanager
+    def statement(self, name: str | None, in_transaction: Callable[[], bool]) -> Iterator[None]:
+        """A statement with this name, while the block runs it. None: it is no step.
+
+        The reply to what ended a transaction - `COMMIT`, or a statement that is all there is of one - is a step of its
+        own: before the first nothing has happened, and before the second all of it, and nobody was told.
+        """
+        if name is None:
+            yield
+            return
+        self.before(name)
+        yield
+        if name not in NOTHING_TO_COMMIT and not in_transaction():
+            self.before(reply_to(name))
 
     def crash_after(self, steps: int) -> None:
         self._left = steps
@@ -134,11 +151,27 @@ class Database(Protocol):
     async def open_transactions(self) -> int: ...
 
 
+#: Statements outside a transaction that leave nothing behind.
+NOTHING_TO_COMMIT = {"read payment", "ROLLBACK"}
+
+LOCK_ORDER = "SELECT FROM orders WHERE id = $1 FOR NO KEY UPDATE"
+
+
+def reply_to(name: str) -> str:
+    """The step between what a statement has done and the news of it."""
+    return f"reply to {name}"
+
+
 def named(query: str, args: tuple[Any, ...]) -> str | None:
     """A name for a statement that tests speak of."""
     if query.rstrip(";") in {"BEGIN", "COMMIT", "ROLLBACK"}:
         return query.rstrip(";")
     return {
+        LOCK_ORDER: "lock order",
+        order_sql._OPEN_REVIEW: "open review, enter awaiting_review",
+        payment_sql._CLAIM_AND_ENTER: "payment INIT, enter charging",
+        payment_sql._SETTLE_AND_ENTER: "payment CHARGED, enter charged",
+        shipping_sql._TAKEN: "tracking, enter shipped",
         payment_sql._CLAIM: "payment INIT",
         payment_sql._LOCK: "read payment",
         payment_sql._LOOK: "read payment",
@@ -160,41 +193,52 @@ class Rows:
 
 
 class MockedDatabase:
-    """Dictionaries behind the part of asyncpg's pool that payments use: one transaction at a time, all or nothing."""
+    """Dictionaries behind the part of asyncpg's pool that payments use: one transaction at a time, all or nothing.
+
+    As in PostgreSQL, a statement that is given to the pool is a transaction of its own.
+    """
 
     def __init__(self, steps: Steps) -> None:
         self.pool = self
         self.rows = Rows()
+        self.steps = steps
         self.in_transaction = False
-        self._steps = steps
         self._turn = asyncio.Lock()
 
     # asyncpg's side
 
     @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[MockedDatabase]:
+    async def acquire(self) -> AsyncIterator[MockedConnection]:
         await asyncio.sleep(0)
-        yield self
+        yield MockedConnection(self)
+
+    async def execute(self, query: str, *args: Any) -> Any:
+        with self.steps.statement(named(query, args), lambda: False):
+            async with self.all_or_nothing():
+                return await self.run(query, args)
+
+    fetchrow = fetchval = execute
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
+    async def all_or_nothing(self) -> AsyncIterator[None]:
+        """One transaction; the next one waits for its end."""
         async with self._turn:
-            self._steps.before("BEGIN")
             before, self.in_transaction = copy.deepcopy(self.rows), True
             try:
                 yield
-                self._steps.before("COMMIT")
             except BaseException:
                 self.rows = before
                 raise
             finally:
                 self.in_transaction = False
 
-    async def execute(self, query: str, *args: Any) -> Any:
-        if name := named(query, args):
-            self._steps.before(name)
+    async def run(self, query: str, args: tuple[Any, ...]) -> Any:
+        """What the statement does. One that is not known here is a test's mistake, or news to it."""
         await asyncio.sleep(0)
         return {
+            LOCK_ORDER: self._lock,
+            payment_sql._CLAIM_AND_ENTER: self._claim_and_enter,
+            payment_sql._SETTLE_AND_ENTER: self._settle_and_enter,
             payment_sql._CLAIM: self._claim,
             payment_sql._LOCK: self._payment,
             payment_sql._LOOK: self._payment,
@@ -207,7 +251,28 @@ class MockedDatabase:
             "SELECT state FROM orders WHERE id = $1": lambda order_id: self.rows.orders[order_id]["state"],
         }[query](*args)
 
-    fetchrow = fetchval = execute
+    def _lock(self, order_id: str) -> str:
+        """Nothing to do: there is one transaction at a time."""
+        return f"SELECT {int(order_id in self.rows.orders)}"
+
+    def _claim_and_enter(
+        self, order_id: str, step: Step, before: list[Step], payload: dict[str, Any], error: str | None, *claim: Any
+    ) -> dict[str, Any] | None:
+        payment_id, asked, currency = claim
+        order = self.rows.orders.get(order_id)
+        if order is None or order["state"] not in before:
+            return None
+        if self._claim(payment_id, order_id, asked, currency) == "INSERT 0 0":
+            return None
+        return self._enter(order_id, step, before, payload, error)
+
+    def _settle_and_enter(
+        self, order_id: str, step: Step, before: list[Step], payload: dict[str, Any], error: str | None, *charged: Any
+    ) -> dict[str, Any] | None:
+        moved = self._enter(order_id, step, before, payload, error)
+        if moved:
+            self._settle("INIT", "CHARGED")(*charged)
+        return moved
 
     def _claim(self, payment_id: str, order_id: str, asked: Decimal, currency: str) -> str:
         taken = {payment["order_id"] for payment in self.rows.payments.values()}
@@ -276,8 +341,36 @@ class MockedDatabase:
         return int(self.in_transaction)
 
 
+class MockedConnection:
+    """A connection of the mocked pool. Whatever is asked of it here is asked in a transaction."""
+
+    def __init__(self, database: MockedDatabase) -> None:
+        self._database = database
+        self._in_transaction = False
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        steps = self._database.steps
+        async with self._database.all_or_nothing():
+            steps.before("BEGIN")
+            self._in_transaction = True
+            try:
+                yield
+                steps.before("COMMIT")
+            finally:
+                self._in_transaction = False
+        steps.before(reply_to("COMMIT"))
+
+    async def execute(self, query: str, *args: Any) -> Any:
+        assert self._in_transaction, query
+        with self._database.steps.statement(named(query, args), lambda: True):
+            return await self._database.run(query, args)
+
+    fetchrow = fetchval = execute
+
+
 class RealDatabase:
-    """PostgreSQL; the pool's connections tell `Steps` of every statement before they run it."""
+    """PostgreSQL; the pool's connections tell `Steps` of every statement before they run it, and of its reply."""
 
     def __init__(self, pool: asyncpg.Pool, onlooker: asyncpg.Pool) -> None:
         self.pool = pool
@@ -311,24 +404,20 @@ class RealDatabase:
 
 
 def watched(steps: Steps) -> type[asyncpg.Connection]:
-    """A connection that tells `steps` of the statements it is about to run."""
+    """A connection that tells `steps` of the statements it is about to run, and of the replies that come back."""
 
     class Watched(asyncpg.Connection):
         async def execute(self, query: str, *args: Any, **options: Any) -> str:
-            self._tell(query, args)
-            return await super().execute(query, *args, **options)
+            with steps.statement(named(query, args), self.is_in_transaction):
+                return await super().execute(query, *args, **options)
 
         async def fetchrow(self, query: str, *args: Any, **options: Any) -> Any:
-            self._tell(query, args)
-            return await super().fetchrow(query, *args, **options)
+            with steps.statement(named(query, args), self.is_in_transaction):
+                return await super().fetchrow(query, *args, **options)
 
         async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
-            self._tell(query, args)
-            return await super().fetchval(query, *args, **options)
-
-        def _tell(self, query: str, args: tuple[Any, ...]) -> None:
-            if name := named(query, args):
-                steps.before(name)
+            with steps.statement(named(query, args), self.is_in_transaction):
+                return await super().fetchval(query, *args, **options)
 
     return Watched
 
@@ -472,10 +561,24 @@ def refund_of(order_id: str, close_as: Step = Step.CANCELLED, payment_id: str | 
     )
 
 
-BEGIN_CHARGE = ["BEGIN", "payment INIT", "read payment", "enter charging", "COMMIT"]
+def alone(statement: str) -> list[str]:
+    """The steps of a statement that is a transaction of its own."""
+    return [statement, reply_to(statement)]
+
+
+def together(*statements: str) -> list[str]:
+    """The steps of statements that share a transaction."""
+    return ["BEGIN", *statements, *alone("COMMIT")]
+
+
 ASK = ["provider is asked", "provider answers"]
-CHARGE = [*BEGIN_CHARGE, *ASK, "BEGIN", "payment CHARGED", "enter charged", "COMMIT"]
-REFUND = ["read payment", *ASK, "BEGIN", "payment REFUNDED", "tell refunded", "enter cancelled", "COMMIT"]
+BEGIN_CHARGE = alone("payment INIT, enter charging")
+CHARGE = [*BEGIN_CHARGE, *ASK, *alone("payment CHARGED, enter charged")]
+#: What an attempt does that is not the first: the id is known, so it looks what became of it.
+RESUME = [*BEGIN_CHARGE, *together("lock order", "payment INIT", "read payment", "enter charging")]
+RESUMED_CHARGE = [*RESUME, *ASK, *alone("payment CHARGED, enter charged")]
+FAIL_CHARGE = together("enter payment_failed", "payment FAILED")
+REFUND = ["read payment", *ASK, *together("tell refunded", "payment REFUNDED", "enter cancelled")]
 
 
 async def test_charge_claims_then_asks_then_writes_down(
@@ -508,7 +611,7 @@ async def test_charge_twice_asks_the_provider_once(
     first = await run(payments.charge, charge_of("o-1"))
     with steps.listed() as listed:
         assert await run(payments.charge, charge_of("o-1")) == first
-    assert "provider is asked" not in listed
+    assert listed == RESUME
     assert provider.calls == ["pay-o-1"]
     assert await database.told("o-1") == ["charging", "charged"]
 
@@ -516,8 +619,30 @@ async def test_charge_twice_asks_the_provider_once(
 async def test_charge_survives_a_crash_at_every_step(
     database: Database, payments: PaymentActivities, provider: Provider, steps: Steps
 ) -> None:
-    for number in range(len(CHARGE) + 1):
+    # The second attempt of each round is not the first any more: it may crash later than that has steps.
+    for number in range(len(RESUMED_CHARGE) + 1):
         await database.put_order(f"o-{number}")
+    crashed = await charge_crashing_everywhere(database, payments, provider, steps)
+    assert set(crashed) == {*CHARGE, *RESUME}
+
+
+async def test_resumed_charge_survives_a_crash_at_every_step(
+    database: Database, payments: PaymentActivities, provider: Provider, steps: Steps
+) -> None:
+    """The payment id was claimed and nobody knows what became of it: the way of every later attempt."""
+    for number in range(len(RESUMED_CHARGE) + 1):
+        await database.put_order(f"o-{number}")
+        steps.crash_after(CHARGE.index("provider is asked"))
+        with pytest.raises(Crash, match="provider is asked"):
+            await run(payments.charge, charge_of(f"o-{number}"))
+    crashed = await charge_crashing_everywhere(database, payments, provider, steps)
+    assert set(crashed) == set(RESUMED_CHARGE)
+
+
+async def charge_crashing_everywhere(
+    database: Database, payments: PaymentActivities, provider: Provider, steps: Steps
+) -> list[str]:
+    """Crash the charges of the orders that were put down; each is charged once and told once in the end."""
 
     async def attempt(number: int) -> Receipt:
         return await run(payments.charge, charge_of(f"o-{number}"))
@@ -530,8 +655,7 @@ async def test_charge_survives_a_crash_at_every_step(
         assert await database.order(order_id) == (Step.CHARGED, None)
         assert await database.told(order_id) == ["charging", "charged"]
 
-    crashed = await crash_everywhere(steps, attempt, check)
-    assert set(crashed) == set(CHARGE)
+    return await crash_everywhere(steps, attempt, check)
 
 
 async def test_crash_after_the_money_moved_repeats_the_same_key(
@@ -557,10 +681,7 @@ async def test_refusal_by_the_provider_fails_the_payment_once(
     provider.refusal = refusal
     with steps.listed() as listed, pytest.raises(type(refusal)) as caught:
         await run(payments.charge, charge_of("o-1"))
-    assert listed[len(BEGIN_CHARGE) :] == [
-        "provider is asked",
-        *["BEGIN", "payment FAILED", "enter payment_failed", "COMMIT"],
-    ]
+    assert listed == [*BEGIN_CHARGE, "provider is asked", *FAIL_CHARGE]
     assert translate(caught.value).non_retryable
     for _ in range(2):
         # The provider would say yes now, but nobody asks: the order has been told.
@@ -592,7 +713,8 @@ async def test_decline_survives_a_crash_at_every_step(
         assert (await database.order(f"o-{number}"))[0] == Step.PAYMENT_FAILED
         assert await database.told(f"o-{number}") == ["charging", "payment_failed"]
 
-    assert len(set(await crash_everywhere(steps, attempt, check))) == 8
+    crashed = await crash_everywhere(steps, attempt, check)
+    assert set(crashed) == {*BEGIN_CHARGE, "provider is asked", *FAIL_CHARGE, *RESUME}
     assert provider.taken == []
 
 
@@ -867,6 +989,20 @@ async def test_validate_opens_the_review_once_and_keeps_its_deadline(shop: Shop)
     assert await shop.database.told("o-1") == ["received", "awaiting_review"]
 
 
+async def test_validate_survives_a_crash_at_every_step(shop: Shop) -> None:
+    orders = [await shop.order_at(f"o-{number}", Step.RECEIVED) for number in range(3)]
+
+    async def attempt(number: int) -> None:
+        await run(shop.orders.validate, orders[number])
+
+    async def check(number: int, _: None) -> None:
+        row = await shop.row(f"o-{number}")
+        assert (row["state"], row["review_deadline"] is not None) == ("awaiting_review", True)
+        assert await shop.database.told(f"o-{number}") == ["received", "awaiting_review"]
+
+    assert set(await crash_everywhere(shop.steps, attempt, check)) == set(alone("open review, enter awaiting_review"))
+
+
 async def test_validate_rejects_a_payment_id_that_is_taken(shop: Shop) -> None:
     await shop.database.put_order("owner")
     provider = Provider(shop.steps, shop.database)
@@ -935,11 +1071,16 @@ async def test_prepare_is_told_once(shop: Shop) -> None:
     assert (await shop.database.told("o-1"))[-2:] == ["charged", "prepared"]
 
 
+ASK_CARRIER = ["carrier is asked", "carrier answers"]
+DISPATCH = [*ASK_CARRIER, *alone("tracking, enter shipped")]
+RECALL = [*ASK_CARRIER, *alone("tell recalled")]
+
+
 async def test_dispatch_hands_over_once(shop: Shop) -> None:
     await shop.order_at("o-1", Step.PREPARED)
     with shop.steps.listed() as listed:
         handover = await run(shop.shipping.dispatch, Shipment(order_id="o-1"))
-    assert listed == ["carrier is asked", "carrier answers", "BEGIN", "enter shipped", "COMMIT"]
+    assert listed == DISPATCH
     with shop.steps.listed() as listed:
         assert await run(shop.shipping.dispatch, Shipment(order_id="o-1")) == handover
     assert listed == []
@@ -962,7 +1103,7 @@ async def test_dispatch_survives_a_crash_at_every_step(shop: Shop) -> None:
         assert await shop.database.order(f"o-{number}") == (Step.SHIPPED, None)
         assert (await shop.database.told(f"o-{number}"))[-2:] == ["prepared", "shipped"]
 
-    assert len(set(await crash_everywhere(shop.steps, attempt, check))) == 5
+    assert set(await crash_everywhere(shop.steps, attempt, check)) == set(DISPATCH)
 
 
 async def test_dispatch_goes_to_the_address_in_the_row_and_freezes_it(shop: Shop) -> None:
@@ -1027,7 +1168,7 @@ async def test_recall_survives_a_crash_at_every_step(shop: Shop) -> None:
         assert handover is None
         assert (await shop.database.told(f"o-{number}"))[-2:] == ["prepared", "recalled"]
 
-    assert len(set(await crash_everywhere(shop.steps, attempt, check))) == 5
+    assert set(await crash_everywhere(shop.steps, attempt, check)) == set(RECALL)
 
 
 async def test_dispatch_and_recall_at_once_agree(shop: Shop) -> None:

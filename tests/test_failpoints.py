@@ -58,9 +58,9 @@ def test_timeout_lets_the_work_be_done_first() -> None:
 
 
 def test_timeout_inside_a_transaction_does_not_undo_it() -> None:
-    arm("charge.after_gateway=timeout")
-    assert in_attempt("charge.after_gateway", "charge.in_settlement", "charge.before_reply") == (
-        "charge.before_reply: failpoint charge.after_gateway timed out"
+    arm("refund.after_gateway=timeout")
+    assert in_attempt("refund.after_gateway", "refund.in_settlement", "refund.before_reply") == (
+        "refund.before_reply: failpoint refund.after_gateway timed out"
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import chain, pairwise, product
@@ -17,7 +19,7 @@ import asyncpg
 import pytest
 
 from app import events
-from app.errors import IllegalTransition, InvalidRequest, OrderNotFound, OrderRejected
+from app.errors import IllegalTransition, InvalidRequest, OrderNotFound, OrderRejected, PaymentConflict, TrellisError
 from app.events import Attempt, AttemptLog
 from app.money import Money
 from app.order import repository as order_sql
@@ -27,6 +29,7 @@ from app.payment import repository as payment_sql
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, RefundRequest
 from app.payment.repository import PaymentRepository
+from app.reconcile.repository import Left, LeftBehind
 from app.shipping import repository as shipping_sql
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
@@ -285,19 +288,18 @@ async def test_without_its_event_nothing_changes(pool: asyncpg.Pool, change: str
     before, make = CHANGES[change]
     if before:
         await _at(pool, before)
-    tables = "SELECT (SELECT json_agg(orders) FROM orders)::text, (SELECT json_agg(payments) FROM payments)::text"
-    was = await pool.fetchrow(tables)
+    was = await pool.fetchrow(TABLES)
     # NOT VALID leaves the rows that are there alone.
     await pool.execute("ALTER TABLE events ADD CONSTRAINT full_up CHECK (false) NOT VALID")
     with pytest.raises(asyncpg.CheckViolationError) as refused:
         await make(pool)
     assert refused.value.constraint_name == "full_up"
-    assert await pool.fetchrow(tables) == was
+    assert await pool.fetchrow(TABLES) == was
     # And with it, it does: the same call was not refused for another reason.
     await pool.execute("ALTER TABLE events DROP CONSTRAINT full_up")
     count = len(await told(pool))
     await make(pool)
-    assert await pool.fetchrow(tables) != was
+    assert await pool.fetchrow(TABLES) != was
     assert len(await told(pool)) > count
 
 
@@ -330,6 +332,62 @@ async def test_of_twenty_that_end_an_order_in_two_ways_one_way_wins(pool: asyncp
         assert isinstance(outcome, IllegalTransition) == (step != winner)
 
 
+TABLES = "SELECT (SELECT json_agg(orders) FROM orders)::text, (SELECT json_agg(payments) FROM payments)::text"
+
+
+@asynccontextmanager
+async def made_to_wait(pool: asyncpg.Pool, change: str) -> AsyncIterator[tuple[asyncpg.Connection, asyncio.Task[Any]]]:
+    """A change that was asked for while somebody else has the order, in a transaction that ends with the block."""
+    before, make = CHANGES[change]
+    if before:
+        await _at(pool, before)
+    async with pool.acquire() as connection, connection.transaction():
+        await events.lock(connection, "o-1")
+        waiting = asyncio.create_task(make(pool))
+        await until_waiting_for_a_lock(pool)
+        yield connection, waiting
+
+
+#: Changes that are one statement: where they lead, and the payment there.
+MOVES = {
+    "open_review": (Step.AWAITING_REVIEW, None),
+    "close": (Step.EXPIRED, None),
+    "begin_charge": (Step.CHARGING, ("INIT", 0, None)),
+    "complete_charge": (Step.CHARGED, ("CHARGED", PRICE.amount, "ch_1")),
+    "prepare": (Step.PREPARED, ("CHARGED", PRICE.amount, "ch_1")),
+    "complete_dispatch": (Step.SHIPPED, ("CHARGED", PRICE.amount, "ch_1")),
+}
+
+
+@pytest.mark.parametrize("change", MOVES)
+async def test_a_move_that_had_to_wait_for_a_changed_row_is_made_whole(pool: asyncpg.Pool, change: str) -> None:
+    """PostgreSQL checks the statement again, for the row as it is by then; none of its parts may be lost by that."""
+    step, payment = MOVES[change]
+    async with made_to_wait(pool, change) as (connection, waiting):
+        count = len(await told(pool))
+        await connection.execute("UPDATE orders SET last_error = '503', customer_id = 'c-42' WHERE id = 'o-1'")
+    await waiting
+    row = await pool.fetchrow("SELECT * FROM orders WHERE id = 'o-1'")
+    assert (row["state"], row["last_error"], row["customer_id"]) == (step, None, "c-42")
+    assert (await told(pool))[count:] == [step]
+    paid = await pool.fetchrow("SELECT status, amount, provider_reference FROM payments WHERE order_id = 'o-1'")
+    assert (paid and tuple(paid)) == payment
+    assert (row["review_deadline"] is not None) == (step is not Step.RECEIVED)
+    assert row["tracking"] == ("t" if step is Step.SHIPPED else None)
+
+
+@pytest.mark.parametrize("change", MOVES)
+async def test_a_move_that_had_to_wait_until_it_was_too_late_leaves_nothing(pool: asyncpg.Pool, change: str) -> None:
+    async with made_to_wait(pool, change) as (connection, waiting):
+        await events.enter(connection, "o-1", Step.CANCELLED)
+        was = await connection.fetchrow(TABLES)
+        timeline = [row["type"] for row in await connection.fetch("SELECT type FROM events ORDER BY id")]
+    with pytest.raises(IllegalTransition, match="o-1 from cancelled to"):
+        await waiting
+    assert await pool.fetchrow(TABLES) == was
+    assert await told(pool) == timeline
+
+
 TELLERS: dict[str, Callable[[asyncpg.Pool], Awaitable[Any]]] = {
     "enter": lambda pool: enter(pool, Step.SHIPPED),
     "record": lambda pool: record(pool, "noted", "second"),
@@ -351,6 +409,211 @@ async def test_events_of_an_order_are_numbered_as_they_are_committed(pool: async
         await waiting
     assert (await told(pool))[:2] == ["first", "last of the first"]
     assert len(await told(pool)) == 3
+
+
+# --- order before payment -----------------------------------------------------------------------------------
+
+
+async def _in_doubt(pool: asyncpg.Pool, order_id: str = "o-1") -> None:
+    """An order that was closed by force while its charge was on its way."""
+    await _claimed(pool, order_id)
+    await OrderRepository(pool).close(CloseOrder(order_id=order_id, step=Step.CANCELLED, reason="gone"))
+
+
+async def _claimed(pool: asyncpg.Pool, order_id: str) -> None:
+    """An order whose charge has begun, and nobody knows what became of it."""
+    await _in_review(pool, order_id)
+    await PaymentRepository(pool).begin_charge(charge_of(order_id))
+
+
+async def _charged(pool: asyncpg.Pool, order_id: str) -> None:
+    await _claimed(pool, order_id)
+    await PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id))
+
+
+async def _in_review(pool: asyncpg.Pool, order_id: str) -> None:
+    await OrderRepository(pool).receive(asked(order_id), "run-1")
+    await OrderRepository(pool).open_review(asked(order_id))
+
+
+def receipt_of(order_id: str, prefix: str = "ch") -> Receipt:
+    return Receipt(reference=f"{prefix}-{order_id}", money=PRICE)
+
+
+def charge_with(order_id: str, payment_of: str) -> ChargeRequest:
+    """A charge under the payment id of another order."""
+    return charge_of(order_id).model_copy(update={"payment_id": f"pay-{payment_of}"})
+
+
+async def _refund(pool: asyncpg.Pool, order_id: str) -> None:
+    """What the activity does, without its provider."""
+    if await PaymentRepository(pool).begin_refund(refund_of(order_id)):
+        await PaymentRepository(pool).complete_refund(refund_of(order_id), receipt_of(order_id, "re"))
+
+
+def left_of(order_id: str) -> Left:
+    return Left(order_id, Step.CANCELLED, f"pay-{order_id}", PRICE, dispatch_began=False)
+
+
+#: Everything that writes a payment: the order `o-1` as it finds it, and `o-2`, with the payment `pay-o-1`.
+WRITERS: dict[str, tuple[Callable[[asyncpg.Pool], Awaitable[Any]], Callable[[asyncpg.Pool], Awaitable[Any]]]] = {
+    "first charge": (
+        lambda pool: _in_review(pool, "o-1"),
+        lambda pool: PaymentRepository(pool).begin_charge(charge_of()),
+    ),
+    # Past the statement with which they begin: that has waited for the order, and let go of it.
+    "later charge": (
+        lambda pool: _claimed(pool, "o-1"),
+        lambda pool: PaymentRepository(pool)._resume_charge(charge_of(), {}),
+    ),
+    "charge of another order": (
+        lambda pool: _claimed(pool, "o-1"),
+        lambda pool: PaymentRepository(pool)._resume_charge(charge_with("o-2", "o-1"), {}),
+    ),
+    "complete_charge": (
+        lambda pool: _claimed(pool, "o-1"),
+        lambda pool: PaymentRepository(pool).complete_charge(charge_of(), RECEIPT),
+    ),
+    "fail_charge": (
+        lambda pool: _claimed(pool, "o-1"),
+        lambda pool: PaymentRepository(pool).fail_charge(charge_of(), "declined"),
+    ),
+    "complete_refund": (
+        lambda pool: _charged(pool, "o-1"),
+        lambda pool: PaymentRepository(pool).complete_refund(refund_of(), receipt_of("o-1", "re")),
+    ),
+    "charged_late": (_in_doubt, lambda pool: LeftBehind(pool).charged_late(left_of("o-1"), RECEIPT)),
+    "never_charged": (_in_doubt, lambda pool: LeftBehind(pool).never_charged(left_of("o-1"))),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+async def test_who_waits_for_an_order_does_not_hold_its_payment(pool: asyncpg.Pool, writer: str) -> None:
+    """Whoever has the order can have the payment at once; so nobody who has the payment ever waits for the order."""
+    before, write = WRITERS[writer]
+    await before(pool)
+    await _in_review(pool, "o-2")
+    async with pool.acquire() as connection:
+        whoever = connection.transaction()
+        await whoever.start()
+        await connection.execute("SELECT FROM orders FOR NO KEY UPDATE")
+        waiting = asyncio.create_task(write(pool))
+        try:
+            await until_waiting_for_a_lock(pool)
+            # An INSERT cannot be told not to wait. A new row is not to be seen by others, but its key is taken.
+            await connection.execute("SET LOCAL lock_timeout = '300ms'")
+            await connection.execute(
+                "INSERT INTO payments (payment_id, order_id, status) VALUES ('pay-o-1', 'o-1', 'INIT') "
+                "ON CONFLICT DO NOTHING"
+            )
+            assert await connection.fetch("SELECT FROM payments WHERE payment_id = 'pay-o-1' FOR UPDATE NOWAIT")
+        finally:
+            await whoever.rollback()
+            (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+    assert outcome is None or (writer == "charge of another order" and isinstance(outcome, PaymentConflict))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Attempts that were taken for dead, their successors and the reconciler, all at one payment."""
+
+    before: Callable[[asyncpg.Pool, str], Awaitable[Any]]
+    attempts: Callable[[asyncpg.Pool, str], list[Awaitable[Any]]]
+    #: The order's state and its payment's in the end.
+    ends: set[tuple[Step, str]]
+
+
+CONTESTS = {
+    "the first charge": Contest(
+        _in_review,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            _charge(pool, order_id),
+        ],
+        {(Step.CHARGED, "CHARGED")},
+    ),
+    "an interrupted charge": Contest(
+        _claimed,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id)),
+        ],
+        {(Step.CHARGED, "CHARGED")},
+    ),
+    "a charge that is declined": Contest(
+        _claimed,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            PaymentRepository(pool).fail_charge(charge_of(order_id), "declined"),
+        ],
+        {(Step.PAYMENT_FAILED, "FAILED")},
+    ),
+    "a refund and late charges": Contest(
+        _charged,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id)),
+            _refund(pool, order_id),
+        ],
+        {(Step.CANCELLED, "REFUNDED")},
+    ),
+    "reconciled: charged after all": Contest(
+        _in_doubt,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id)),
+            LeftBehind(pool).charged_late(left_of(order_id), receipt_of(order_id)),
+            _refund(pool, order_id),
+        ],
+        # A refund that looked before anybody had written down the charge finds nothing to give back.
+        {(Step.CANCELLED, "CHARGED"), (Step.CANCELLED, "REFUNDED")},
+    ),
+    "reconciled: not charged": Contest(
+        _in_doubt,
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_of(order_id)),
+            PaymentRepository(pool).fail_charge(charge_of(order_id), "declined"),
+            LeftBehind(pool).never_charged(left_of(order_id)),
+        ],
+        {(Step.CANCELLED, "FAILED")},
+    ),
+    "two orders that ask for each other's payment": Contest(
+        lambda pool, order_id: asyncio.gather(_claimed(pool, order_id), _claimed(pool, f"{order_id}-b")),
+        lambda pool, order_id: [
+            PaymentRepository(pool).begin_charge(charge_with(order_id, f"{order_id}-b")),
+            PaymentRepository(pool).begin_charge(charge_with(f"{order_id}-b", order_id)),
+            PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id)),
+            PaymentRepository(pool).complete_charge(charge_of(f"{order_id}-b"), receipt_of(f"{order_id}-b")),
+        ],
+        {(Step.CHARGED, "CHARGED"), (Step.PAYMENT_FAILED, "INIT")},
+    ),
+}
+
+
+async def _charge(pool: asyncpg.Pool, order_id: str) -> None:
+    """What the activity does, without its provider."""
+    if not await PaymentRepository(pool).begin_charge(charge_of(order_id)):
+        await PaymentRepository(pool).complete_charge(charge_of(order_id), receipt_of(order_id))
+
+
+@pytest.mark.parametrize("contest", CONTESTS)
+async def test_attempts_at_one_payment_never_wait_for_each_other_in_a_circle(pool: asyncpg.Pool, contest: str) -> None:
+    """Twelve at a time, many times: some are refused, as they came too late, and none is PostgreSQL's victim."""
+    before, attempts, ends = CONTESTS[contest].before, CONTESTS[contest].attempts, CONTESTS[contest].ends
+    dice = random.Random(contest)
+    for number in range(25):
+        order_id = f"o-{number}"
+        await before(pool, order_id)
+        asked_at_once = [attempt for _ in range(4) for attempt in attempts(pool, order_id)]
+        dice.shuffle(asked_at_once)
+        outcomes = await asyncio.gather(*asked_at_once, return_exceptions=True)
+        assert [each for each in outcomes if isinstance(each, Exception) and not isinstance(each, TrellisError)] == []
+        row = await pool.fetchrow(
+            "SELECT state, status FROM orders JOIN payments ON order_id = id WHERE id = $1", order_id
+        )
+        assert tuple(row) in ends
+        timeline = await told(pool, order_id)
+        assert len(timeline) == len(set(timeline))
 
 
 # --- last_error ---------------------------------------------------------------------------------------------
@@ -811,6 +1074,9 @@ async def test_published_columns_have_their_names_and_types(pool: asyncpg.Pool) 
 
 # --- indexes ------------------------------------------------------------------------------------------------
 
+#: The types of the first five parameters of what `events.moving` makes.
+MOVING = "text, text, text[], jsonb, text"
+
 #: Statement, parameter types and values, and the indexes that must carry it.
 PLANS: dict[str, tuple[str, str, str, set[str]]] = {
     "newest": (order_sql._NEWEST, "text, timestamptz, text, int", "NULL, NULL, NULL, 51", {"orders_newest"}),
@@ -842,6 +1108,32 @@ PLANS: dict[str, tuple[str, str, str, set[str]]] = {
         {"events_order_id_key_key"},
     ),
     "dispatch": (shipping_sql._FREEZE, "text", "'o-7'", {"orders_pkey"}),
+    # `o-7` is shipped: it does not move, as often as it is asked.
+    "move": (events._ENTER, MOVING, "'o-7', 'prepared', ARRAY['charged'], '{}', NULL", {"orders_pkey"}),
+    "review to open": (
+        order_sql._OPEN_REVIEW,
+        f"{MOVING}, float, text",
+        "'o-7', 'awaiting_review', ARRAY['received'], '{}', NULL, 10, 'p-7'",
+        {"orders_pkey", "payments_pkey"},
+    ),
+    "charge to begin": (
+        payment_sql._CLAIM_AND_ENTER,
+        f"{MOVING}, text, numeric, text",
+        "'o-7', 'charging', ARRAY['awaiting_review'], '{}', NULL, 'p-7', 50, 'USD'",
+        {"orders_pkey"},
+    ),
+    "charge to write down": (
+        payment_sql._SETTLE_AND_ENTER,
+        f"{MOVING}, text, numeric, text",
+        "'o-7', 'charged', ARRAY['charging'], '{}', NULL, 'p-7', 50, 'ch_7'",
+        {"orders_pkey", "payments_pkey"},
+    ),
+    "handover to write down": (
+        shipping_sql._TAKEN,
+        f"{MOVING}, text",
+        "'o-7', 'shipped', ARRAY['prepared'], '{}', NULL, 't-7'",
+        {"orders_pkey"},
+    ),
 }
 
 

@@ -1,8 +1,9 @@
-"""A TCP proxy that can be told to misbehave: slow, cut, half-open, or swallowing the reply to a COMMIT."""
+"""A TCP proxy that can be told to misbehave: slow, cut, half-open, or swallowing the reply to a commit."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +14,15 @@ from app.local.processes import free_port
 _ASKS_FOR_SSL = 80877103
 
 
+#: A statement that writes, which outside a transaction is a commit as well.
+_WRITES = re.compile(rb"\b(INSERT INTO|UPDATE \w+ SET|DELETE FROM)\b", re.IGNORECASE)
+
+
 class CommitSpotter:
-    """Finds the commits in what a PostgreSQL client sends: `COMMIT` as a query of its own, or as a prepared one.
+    """Finds the commits in what a PostgreSQL client sends: `COMMIT`, and each statement that writes and is alone.
+
+    Alone is what is outside a transaction; most changes of an order are one such statement. It is sent as text, or
+    prepared once and then asked for by its name.
 
     Messages are type, length, body; only the first of a connection has no type. They may come in any pieces.
     """
@@ -23,6 +31,8 @@ class CommitSpotter:
         self._on_commit = on_commit
         self._buffer = b""
         self._started = False
+        self._in_transaction = False
+        self._prepared: dict[bytes, bytes] = {}
 
     def feed(self, data: bytes) -> None:
         """The next bytes of the client."""
@@ -41,9 +51,25 @@ class CommitSpotter:
         self._buffer = self._buffer[head + length :]
         if not self._started:
             self._started = body[:4] != struct.pack("!I", _ASKS_FOR_SSL)
-        elif kind in {b"Q", b"P"} and b"COMMIT" in body[:32].upper():
-            self._on_commit()
+        else:
+            self._look_at(kind, body)
         return True
+
+    def _look_at(self, kind: bytes, body: bytes) -> None:
+        if kind == b"P":
+            name, text = body.split(b"\0")[:2]
+            self._prepared[name] = text
+        elif kind == b"B":
+            self._asked_for(self._prepared.get(body.split(b"\0")[1], b""))
+        elif kind == b"Q":
+            self._asked_for(body)
+
+    def _asked_for(self, text: bytes) -> None:
+        word = text[:8].upper()
+        if word.startswith((b"BEGIN", b"COMMIT", b"ROLLBACK")):
+            self._in_transaction = word.startswith(b"BEGIN")
+        if word.startswith(b"COMMIT") or (_WRITES.search(text) and not self._in_transaction):
+            self._on_commit()
 
 
 class _Connection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from urllib.parse import urlsplit
@@ -41,7 +42,41 @@ def test_commits_are_spotted_in_any_pieces(piece: int) -> None:
     assert len(seen) == 1
 
 
-async def test_the_commit_is_done_and_its_reply_is_lost(servers: Servers, empty_database_url: str) -> None:
+@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
+def test_a_statement_that_writes_alone_is_a_commit(piece: int) -> None:
+    def asked_for(name: bytes) -> bytes:
+        return _message(b"B", b"\0" + name + b"\0COMMIT is only a value here") + _message(b"S", b"")
+
+    begin, commit, rollback = (_message(b"Q", word + b";\0") for word in (b"BEGIN", b"COMMIT", b"ROLLBACK"))
+    prepared = _message(b"P", b"begin\0BEGIN\0\0\0") + _message(b"P", b"end\0COMMIT\0\0\0")
+    told: list[str] = []
+    spotter = CommitSpotter(lambda: told.append("commit"))
+    for what, expected, stream in (
+        ("start", 0, _message(b"", struct.pack("!I", 196608) + b"user\0trellis\0\0")),
+        ("prepare", 0, _message(b"P", b"move\0WITH was AS (SELECT) UPDATE orders SET state = $1\0\0\0")),
+        ("prepare", 0, _message(b"P", b"look\0SELECT FROM orders FOR NO KEY UPDATE\0\0\0")),
+        ("write", 1, asked_for(b"move")),
+        ("write again", 1, asked_for(b"move")),
+        ("read", 0, asked_for(b"look")),
+        ("transaction", 1, begin + asked_for(b"move") + asked_for(b"move") + commit),
+        (
+            "transaction with all of it prepared",
+            1,
+            prepared + asked_for(b"begin") + asked_for(b"move") + asked_for(b"end"),
+        ),
+        ("broken off", 0, begin + asked_for(b"move") + rollback),
+        ("write after it", 1, asked_for(b"move")),
+        ("as text", 1, _message(b"Q", b"INSERT INTO events DEFAULT VALUES\0")),
+        ("another under the same name", 0, _message(b"P", b"move\0SELECT 1\0\0\0") + asked_for(b"move")),
+    ):
+        told.clear()
+        for start in range(0, len(stream), piece):
+            spotter.feed(stream[start : start + piece])
+        assert len(told) == expected, what
+
+
+@pytest.mark.parametrize("alone", [False, True])
+async def test_the_commit_is_done_and_its_reply_is_lost(servers: Servers, empty_database_url: str, alone: bool) -> None:
     server = urlsplit(empty_database_url)
     assert server.hostname
     assert server.port
@@ -51,8 +86,8 @@ async def test_the_commit_is_done_and_its_reply_is_lost(servers: Servers, empty_
         await connection.execute("CREATE TABLE told (what text)")
         proxy.commits_to_lose = 1
         with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):
-            async with connection.transaction():
-                await connection.execute("INSERT INTO told VALUES ('done')")
+            async with nullcontext() if alone else connection.transaction():
+                await connection.execute("INSERT INTO told VALUES ($1)", "done")
         assert proxy.commits_lost == 1
     direct = await asyncpg.connect(empty_database_url)
     assert await direct.fetchval("SELECT what FROM told") == "done"
@@ -103,3 +138,5 @@ def test_a_process_gets_what_is_missing(tmp_path: Path) -> None:
 def test_every_failpoint_has_a_story_that_leads_to_it() -> None:
     assert {name.split(".")[0] for name in NAMES} == set(LEADS_TO)
     assert {story for stories in LEADS_TO.values() for story in stories} <= set(STORIES)
+    # A charge that goes through never comes to `charge.in_settlement`.
+    assert "pay-decline" in LEADS_TO["charge"]
