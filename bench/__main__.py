@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -54,12 +54,13 @@ def main() -> None:
     plan = QUICK if options.quick else FULL
     if options.orders:
         plan = of_size(plan, options.orders)
+    plan = replace(plan, rounds=options.rounds or plan.rounds, at_once=tuple(options.at_once or plan.at_once))
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     target = options.json or options.out / "performance.json"
-    results = _about(plan)
+    results = _about(plan) | (_measured_before(target) if options.add else {})
 
     def save() -> None:
         target.write_text(json.dumps(results, indent=1) + "\n")
@@ -93,6 +94,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--orders", type=_positive, metavar="N", help="orders in a turn, and at most in the backlog and parked"
     )
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="turns of every contestant")
+    parser.add_argument(
+        "--at-once",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="orders on their way at once; the table shows the last but one",
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the JSON file has of parts that are not measured this time"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -104,9 +116,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _measured_before(file: Path) -> report.Results:
+    """With the plan and the machine of that run, which the tables of orders go by."""
+    found: report.Results = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: a number of orders, at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: a number, at least 1")
     return int(text)
 
 
