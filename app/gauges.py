@@ -24,9 +24,12 @@ _READER_LOCK: Final = 0x7472656C6C6973
 
 _CLAIM: Final = "SELECT pg_try_advisory_lock($1)"
 
-# Both walk an index over what is still open, however many orders have ended.
+# Both walk an index over what is still open, however many orders have ended. Due is who has a quarter of the review
+# left: a share, because windows are of seconds or of days.
 _OPEN: Final = """
-SELECT state, count(*) AS orders, clock_timestamp() - min(state_since) AS oldest
+SELECT state, count(*) AS orders, clock_timestamp() - min(state_since) AS oldest,
+       count(*) FILTER (WHERE state = 'awaiting_review'
+           AND clock_timestamp() > review_deadline - (review_deadline - state_since) / 4) AS due
 FROM orders WHERE state = ANY($1) GROUP BY state
 """
 _UNSETTLED: Final = "SELECT clock_timestamp() - min(created_at) AS age FROM payments WHERE status = 'INIT'"
@@ -74,4 +77,5 @@ async def read(connection: asyncpg.Connection) -> None:
         {row["state"]: row["orders"] for row in rows},
         {row["state"]: row["oldest"].total_seconds() for row in rows},
         age.total_seconds() if age else 0.0,
+        sum(row["due"] for row in rows),
     )

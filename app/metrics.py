@@ -281,11 +281,12 @@ class OrderGauges:
         self._open: dict[str, int] | None = None
         self._oldest: dict[str, float] = {}
         self._unsettled_age = 0.0
+        self._due = 0
         self._read_at = 0.0
 
-    def set(self, open_orders: dict[str, int], oldest: dict[str, float], unsettled_age: float) -> None:
+    def set(self, open_orders: dict[str, int], oldest: dict[str, float], unsettled_age: float, due: int) -> None:
         """Publish what was read."""
-        self._open, self._oldest, self._unsettled_age = open_orders, oldest, unsettled_age
+        self._open, self._oldest, self._unsettled_age, self._due = open_orders, oldest, unsettled_age, due
         self._read_at = time.monotonic()
 
     def clear(self) -> None:
@@ -293,14 +294,14 @@ class OrderGauges:
         self._open = None
 
     def describe(self) -> Iterable[Metric]:
-        return self._families({}, {}, 0.0)
+        return self._families({}, {}, 0.0, 0)
 
     def collect(self) -> Iterable[Metric]:
         if self._open is None or time.monotonic() - self._read_at > STALE_AFTER:
             return ()
-        return self._families(self._open, self._oldest, self._unsettled_age)
+        return self._families(self._open, self._oldest, self._unsettled_age, self._due)
 
-    def _families(self, counts: dict[str, int], oldest: dict[str, float], age: float) -> Iterable[Metric]:
+    def _families(self, counts: dict[str, int], oldest: dict[str, float], age: float, due: int) -> Iterable[Metric]:
         orders = GaugeMetricFamily("trellis_orders_open", "Orders that have not ended, by step.", labels=["step"])
         for step in Step:
             if not step.final:
@@ -319,6 +320,9 @@ class OrderGauges:
             "trellis_payments_unsettled_age_seconds",
             "Age of the oldest payment whose outcome is not known; 0 when there is none.",
             value=age,
+        )
+        yield GaugeMetricFamily(
+            "trellis_reviews_due", "Orders in review that have a quarter of their window left, or less.", value=due
         )
 
 

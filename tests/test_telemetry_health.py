@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -157,6 +158,22 @@ async def test_the_gauges_outlive_an_outage(
     monkeypatch.setattr(metrics, "STALE_AFTER", 60.0)
     await _until({"received": 2})
     reading.cancel()
+
+
+async def test_a_review_is_due_in_its_last_quarter(pool: asyncpg.Pool) -> None:
+    metrics.ORDER_GAUGES.clear()
+    insert = """
+    INSERT INTO orders (id, state, state_since, review_deadline)
+    VALUES ($1, 'awaiting_review', clock_timestamp() - $2::interval, clock_timestamp() + $3::interval)
+    """
+    minutes = {"just begun": (0, 60), "half over": (30, 30), "not yet": (70, 30), "due": (80, 20), "overdue": (60, -1)}
+    for name, (waited, left) in minutes.items():
+        await pool.execute(insert, name.replace(" ", "-"), timedelta(minutes=waited), timedelta(minutes=left))
+    async with pool.acquire() as connection:
+        await gauges.read(connection)
+    samples = {sample.name: sample.value for family in metrics.ORDER_GAUGES.collect() for sample in family.samples}
+    assert samples["trellis_reviews_due"] == 2
+    metrics.ORDER_GAUGES.clear()
 
 
 async def test_the_gauges_walk_indexes(pool: asyncpg.Pool) -> None:

@@ -48,6 +48,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "trellis_orders_open": ("gauge", {"step"}),
     "trellis_orders_oldest_age_seconds": ("gauge", {"step"}),
     "trellis_payments_unsettled_age_seconds": ("gauge", set()),
+    "trellis_reviews_due": ("gauge", set()),
     "http_server_request_duration_seconds": ("histogram", {"method", "route", "status"}),
     "trellis_db_query_duration_seconds": ("histogram", {"operation"}),
     "trellis_db_pool_connections": ("gauge", {"state"}),
@@ -219,13 +220,17 @@ async def _until_dispatching(run: Run, order_id: str) -> None:
 
 
 async def _stuck(run: Run) -> None:
-    """A payment in doubt, and a refund that the provider refuses because its books have lost the charge."""
+    """A payment in doubt, a refund that the provider refuses because its books have lost the charge, and a review that
+    has waited for an hour and has ten minutes left."""
+    due = await run.start("due", "pay")
     doubtful = await run.start("doubtful", "pay-down")
     await run.signal(doubtful, "approve")
     lost = await run.start("lost", "pay", address=ADDRESS | {"zip": "00005"})
     await run.signal(lost, "approve")
     await run.until(lost, "prepared")
+    await run.until(due, "awaiting_review")
     async with db.create_pool(run.settings) as pool:
+        await pool.execute("UPDATE orders SET state_since = state_since - interval '1 hour' WHERE id = $1", due)
         await pool.execute("DELETE FROM sandbox.charges WHERE payment LIKE '%-lost'")
         failing = "SELECT count(*) > 0 FROM events WHERE order_id = $1 AND payload_json ->> 'error_type' = $2"
         await eventually(lambda: pool.fetchval(failing, lost, "RefundRefused"), 40)
@@ -233,7 +238,8 @@ async def _stuck(run: Run) -> None:
 
     # The gauges are read every five seconds.
     async def shown() -> bool:
-        return bool((await run.page()).values("trellis_payments_unsettled_age_seconds", ""))
+        page = await run.page()
+        return all(page.values(name, "") for name in ("trellis_payments_unsettled_age_seconds", "trellis_reviews_due"))
 
     await eventually(shown)
 
@@ -343,8 +349,10 @@ def test_requests_and_statements_are_counted(run: Run) -> None:
 
 def test_what_is_stuck_shows(run: Run) -> None:
     page = run.at_the_end
-    assert page.values("trellis_orders_open", "", "step") == {"charging": 1, "prepared": 1}
-    assert page.values("trellis_orders_oldest_age_seconds", "", "step").keys() == {"charging", "prepared"}
+    assert page.values("trellis_orders_open", "", "step") == {"awaiting_review": 1, "charging": 1, "prepared": 1}
+    oldest = page.values("trellis_orders_oldest_age_seconds", "", "step")
+    assert oldest.keys() == {"awaiting_review", "charging", "prepared"}
+    assert page.values("trellis_reviews_due", "") == {(): 1}
     assert page.values("trellis_payments_unsettled_age_seconds", "")[()] > 0
     assert page.values("trellis_refunds", "_total", "outcome")["refused"] >= 1
 
@@ -380,7 +388,7 @@ def test_exemplars_lead_to_traces(run: Run) -> None:
 def test_one_line_per_attempt_and_per_request(run: Run) -> None:
     lines = run.process.lines
     attempts = [line for line in lines if line["event"] == "attempt"]
-    scripted = {run.orders[name] for name in run.orders if name not in {"doubtful", "lost"}}
+    scripted = {run.orders[name] for name in run.orders if name not in {"due", "doubtful", "lost"}}
     counted = Counter((line["activity"], line["outcome"]) for line in attempts if line["order_id"] in scripted)
     assert counted == Counter(ATTEMPTS)
     for line in attempts:

@@ -30,7 +30,8 @@ NEEDED: Final = (
     "POST /v1/charges",
     "POST /v1/parcels",
     "INSERT orders",
-    "COMMIT",
+    "INSERT payments",
+    "UPDATE orders",
 )
 
 

@@ -90,7 +90,8 @@ def _database(this: Board) -> None:
     )
     this.series(
         "Time of a statement, p95 by operation",
-        "COMMIT is the disk; UPDATE orders may wait for another that holds the order's row.",
+        "What writes waits for the disk, as it is a transaction of its own; UPDATE orders also for another that holds "
+        "the order's row.",
         "s",
         Query(quantile(0.95, select(STATEMENTS), "operation"), "{{operation}}", exemplar=True),
     )

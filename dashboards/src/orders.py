@@ -16,6 +16,7 @@ STAYS: Final = buckets(STEP_DURATION)
 OPEN: Final = gauge("trellis_orders_open")
 OLDEST: Final = gauge("trellis_orders_oldest_age_seconds")
 IN_DOUBT: Final = gauge("trellis_payments_unsettled_age_seconds")
+DUE: Final = gauge("trellis_reviews_due")
 
 #: As in the rules: 99.9 % of the stays at a step that only the system holds up end within a minute.
 BUDGET: Final = 0.001
@@ -150,13 +151,21 @@ def _reviews(this: Board) -> None:
         runbook="TrellisReviewsExpire",
         limits=[(0.5, "red")],
     )
+    waiting = f"max by (namespace) ({select(OPEN, _steps(Step.AWAITING_REVIEW))})"
+    this.series(
+        "Waiting for a clerk",
+        "Due: with a quarter of the window left, or less. Who is not decided then expires.",
+        "short",
+        Query(waiting, "in review"),
+        Query(f"max by (namespace) ({select(DUE)})", "due"),
+        runbook="TrellisReviewsDue",
+    )
     this.series(
         "Signals",
         "Of customers and clerks. Ignored: it changed nothing. Refused: too late, by the workflow or with 409 by the "
         "API.",
         "ops",
         Query(rate(select(counter(SIGNALS)), "signal", "outcome"), "{{signal}} {{outcome}}"),
-        width=24,
     )
 
 

@@ -20,27 +20,34 @@ disturbed() { # disturbed NAME COMMAND…: while twenty orders of every kind are
   say "everything ready again $(since "$began") s later"
 }
 attempts() { sql "SELECT count(*) FROM events WHERE order_id LIKE '$1' AND type = 'attempt_retried'"; }
-in_mid_charge() { # in_mid_charge PREFIX: six orders, whose provider takes 3 s, begun half a second apart
-  local number
-  orders start "$1" 6 --payment pay-slow
-  orders wait "$1" 6 --step awaiting_review
-  for number in 1 2 3 4 5 6; do
-    approve "$1-$number"
-    sleep 0.4
-  done
+# The provider takes 3 s for each. They go on being approved until the command has been carried out, or a slow machine would
+# have charged them all by then, or not have begun.
+in_mid_charge() { # in_mid_charge PREFIX COMMAND…: while twenty orders are being charged, some of them just then
+  local prefix=$1 approving
+  shift
+  orders start "$prefix" 20 --payment pay-slow
+  orders wait "$prefix" 20 --step awaiting_review
+  (
+    for number in {1..20}; do
+      approve "$prefix-$number"
+      sleep 0.4
+    done
+  ) &
+  approving=$!
+  until_true 60 "none of them gets to charging" some_are_charging "$prefix"
+  "$@" >/dev/null 2>&1
+  wait "$approving" || fail "approvals while: $*"
+  orders wait "$prefix" 20
 }
+some_are_charging() { (($(sql "SELECT count(*) FROM orders WHERE state = 'charging' AND id LIKE '$1-%'") > 0)); }
 
 # By force: the attempts are lost with the worker, and repeated when their 40 s are up; the provider knows the keys.
-in_mid_charge "killed-$RUN"
-k delete pod --selector trellis.dev/task-queue=default --grace-period 0 --force --wait=false >/dev/null 2>&1
-orders wait "killed-$RUN" 6
+in_mid_charge "killed-$RUN" k delete pod --selector trellis.dev/task-queue=default --grace-period 0 --force --wait=false
 killed=$(attempts "killed-$RUN-%")
 say "attempts that were cut off and repeated: $killed"
 ((killed > 0)) || fail "no charge was cut off, so this proved nothing"
 # Politely: what has begun is finished within the grace period.
-in_mid_charge "stopped-$RUN"
-k delete pod --selector trellis.dev/task-queue=default --wait=false >/dev/null
-orders wait "stopped-$RUN" 6
+in_mid_charge "stopped-$RUN" k delete pod --selector trellis.dev/task-queue=default --wait=false
 equal "$(attempts "stopped-$RUN-%")" 0 "attempts that a polite stop cut off"
 
 disturbed "the shipping workers" k delete pod --selector trellis.dev/task-queue=shipping-tq

@@ -9,7 +9,7 @@ over() { # over COMMAND…: what takes the cluster down, once it was looked at
   exit "$code"
 }
 if [ -x "${CLUSTER_KIT:-}" ]; then
-  "$CLUSTER_KIT" install docker kind
+  [ -n "${CLUSTER_KIT_INSTALLED:-}" ] || "$CLUSTER_KIT" install docker kind
   trap 'over "$CLUSTER_KIT" kind down' EXIT
   began=$(seconds)
   "$CLUSTER_KIT" kind up --config kind-config.yaml || fail "kind create cluster --config kind-config.yaml"
