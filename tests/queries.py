@@ -248,7 +248,7 @@ def _excuse(expr: str) -> str | None:
 
 
 def counted(
-    prometheus: Prometheus, metric: str, labels: tuple[str, ...], began: float, until: float
+    prometheus: Prometheus, selected: str, labels: tuple[str, ...], began: float, until: float
 ) -> Counter[tuple[str, ...]]:
     """How much a counter grew, exactly: the samples themselves, not the extrapolation of `increase()`.
 
@@ -256,9 +256,9 @@ def counted(
     """
     growth: Counter[tuple[str, ...]] = Counter()
     length = int((until - began) * 1000)
-    for series in prometheus.ask(f"{metric}[{length}ms]", at=until):
+    for series in prometheus.ask(f"{selected}[{length}ms]", at=until):
         values = [float(value) for _, value in series["values"]]
-        last = prometheus.ask(_exactly(metric, series["metric"]) + "[5m]", at=began)
+        last = prometheus.ask(_exactly(selected.partition("{")[0], series["metric"]) + "[5m]", at=began)
         before = float(last[0]["values"][-1][1]) if last else 0.0
         grown = 0.0
         for value in values:
@@ -280,9 +280,13 @@ WHERE ts > $1 AND ts <= $2 AND type = 'attempt_retried' GROUP BY 1, 2
 """
 
 
-async def compare(prometheus: Prometheus, verdict: Verdict, database_url: str, began: float, tolerance: int) -> None:
+async def compare(
+    prometheus: Prometheus, verdict: Verdict, database_url: str, namespace: str | None, began: float, tolerance: int
+) -> None:
     """Orders started, closed by outcome, charged and refunded, and retries by activity and error."""
     until = time.time()
+    # Of the one installation whose database it is: Prometheus may see others.
+    where = f"{{namespace={json.dumps(namespace)}}}" if namespace else ""
     window = datetime.fromtimestamp(began, UTC), datetime.fromtimestamp(until, UTC)
     connection = await asyncpg.connect(database_url)
     try:
@@ -295,15 +299,15 @@ async def compare(prometheus: Prometheus, verdict: Verdict, database_url: str, b
         state = "ok  " if abs(measured - written) <= tolerance else "FAIL"
         verdict.say(state, f"count of {what}", metric, f"Prometheus {measured}, PostgreSQL {written}")
 
-    started = counted(prometheus, counter(ORDERS_STARTED), (), began, until)
+    started = counted(prometheus, counter(ORDERS_STARTED) + where, (), began, until)
     both("orders started", counter(ORDERS_STARTED), started.total(), steps.get("received", 0))
-    closed = counted(prometheus, counter(ORDERS_CLOSED), ("step",), began, until)
+    closed = counted(prometheus, counter(ORDERS_CLOSED) + where, ("step",), began, until)
     for step in sorted(FINAL_STEPS):
         both(f"orders {step}", counter(ORDERS_CLOSED), closed[step,], steps.get(step, 0))
-    paid = counted(prometheus, counter(PAYMENTS), ("status",), began, until)
+    paid = counted(prometheus, counter(PAYMENTS) + where, ("status",), began, until)
     for status, event in ((PaymentStatus.CHARGED, "charged"), (PaymentStatus.REFUNDED, "refunded")):
         both(f"payments {event}", counter(PAYMENTS), paid[status,], steps.get(event, 0))
-    repeated = counted(prometheus, counter(RETRIES), ("activity", "error_type"), began, until)
+    repeated = counted(prometheus, counter(RETRIES) + where, ("activity", "error_type"), began, until)
     for key in sorted(repeats.keys() | repeated.keys()):
         both(f"retries of {' after '.join(key)}", counter(RETRIES), repeated[key], repeats.get(key, 0))
 
@@ -317,6 +321,7 @@ def main() -> int:
     parser.add_argument("--no-collector", action="store_true", help="no collector makes metrics of spans")
     parser.add_argument("--no-rules", action="store_true", help="the rules are not loaded")
     parser.add_argument("--database-url", metavar="URL", help="compare counts with this PostgreSQL")
+    parser.add_argument("--namespace", help="count what is in this namespace of Kubernetes, which has that PostgreSQL")
     parser.add_argument(
         "--since", type=float, default=15, metavar="MINUTES", help="compare the last so many minutes [15]"
     )
@@ -340,7 +345,8 @@ def main() -> int:
         check(prometheus, verdict, asked, left_out)
     if arguments.database_url:
         began = time.time() - arguments.since * 60
-        asyncio.run(compare(prometheus, verdict, arguments.database_url, began, arguments.tolerance))
+        database_url, namespace = arguments.database_url, arguments.namespace
+        asyncio.run(compare(prometheus, verdict, database_url, namespace, began, arguments.tolerance))
     print(f"\n{verdict.asked} asked, {verdict.excused} excused, {verdict.failed} failed")  # noqa: T201
     return 1 if verdict.failed else 0
 

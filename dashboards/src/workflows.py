@@ -138,7 +138,9 @@ def _workers(this: Board) -> None:
     )
     for state, meaning in (("used", "Tasks being worked on."), ("available", "At 0 a worker takes nothing more.")):
         slots = select(
-            sdk(f"temporal_worker_task_slots_{state}"), QUEUE, 'worker_type=~"WorkflowWorker|ActivityWorker"'
+            sdk(f"temporal_worker_task_slots_{state}"),
+            QUEUE,
+            'worker_type=~"WorkflowWorker|ActivityWorker|LocalActivityWorker"',
         )
         this.series(
             f"Slots {state}",

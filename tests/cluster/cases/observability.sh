@@ -39,7 +39,7 @@ until_true 30 "Prometheus does not answer" answers "$prometheus/-/ready"
 until_true 30 "Jaeger does not answer" answers "$jaeger/api/services"
 
 # From before the first order, so that nothing is under way at the beginning.
-"$PYTHON" -m tests.queries --prometheus "$prometheus" --database-url "$database" --since $(((SECONDS - began) / 60 + 1)) \
+"$PYTHON" -m tests.queries --prometheus "$prometheus" --database-url "$database" --namespace "$NS" --since $(((SECONDS - began) / 60 + 1)) \
   >"$WORK/queries" 2>&1 || { cat "$WORK/queries"; fail "the queries"; }
 tail -n 12 "$WORK/queries"
 "$PYTHON" -m tests.traces --api "$API" --jaeger "$jaeger" >"$WORK/traces" 2>&1 || { tail -n 40 "$WORK/traces"; fail "the traces"; }
