@@ -12,6 +12,7 @@ import sys
 
 import asyncpg
 import uvicorn
+import uvloop
 
 from app import metrics, worker
 from app.http import create_app
@@ -57,7 +58,7 @@ def main() -> None:
     settings = Settings()
     configure_logging(settings)
     if role == "workers":
-        asyncio.run(_work(settings))
+        uvloop.run(_work(settings))  # as `trellis worker` does
     else:
         app = create(settings) if role == "all" else create_app(settings)
         uvicorn.run(app, port=port, log_config=None, access_log=False)
