@@ -15,29 +15,33 @@ disturbed() { # disturbed NAME COMMAND…: while twenty orders of every kind are
   "$@" >"$WORK/disturbed" 2>&1 || { cat "$WORK/disturbed"; fail "$what"; }
   wait "$demo" || { cat "$WORK/demo"; fail "orders after: $what"; }
   say "$what: $(tail -n 1 "$WORK/demo")"
-  k wait --for=condition=Ready pod --selector app.kubernetes.io/instance=trellis --field-selector status.phase=Running \
-    --timeout 180s >"$WORK/ready" 2>&1 || { cat "$WORK/ready"; fail "not everything is ready again after: $what"; }
+  until_true 180 "not everything is ready again after: $what" all_ready
   say "everything ready again $(since "$began") s later"
 }
+# Not by `kubectl wait`, which also waits for pods that are on their way out.
+all_ready() {
+  [ "$(k get deployments,statefulsets --output json |
+    json 'all(item["status"].get("readyReplicas", 0) >= item["spec"]["replicas"] for item in d["items"])')" = True ]
+}
 attempts() { sql "SELECT count(*) FROM events WHERE order_id LIKE '$1' AND type = 'attempt_retried'"; }
-# The provider takes 3 s for each. They go on being approved until the command has been carried out, or a slow machine would
-# have charged them all by then, or not have begun.
-in_mid_charge() { # in_mid_charge PREFIX COMMAND…: while twenty orders are being charged, some of them just then
+# The provider takes 3 s for each, and a worker that is killed "by force" still has 2 s to finish: so they are approved
+# quickly, one after the other, beginning before the command and ending after it.
+in_mid_charge() { # in_mid_charge PREFIX COMMAND…: while forty orders are being charged, some of them just then
   local prefix=$1 approving
   shift
-  orders start "$prefix" 20 --payment pay-slow
-  orders wait "$prefix" 20 --step awaiting_review
+  orders start "$prefix" 40 --payment pay-slow
+  orders wait "$prefix" 40 --step awaiting_review
   (
-    for number in {1..20}; do
+    for number in {1..40}; do
       approve "$prefix-$number"
-      sleep 0.4
+      sleep 0.1
     done
   ) &
   approving=$!
   until_true 60 "none of them gets to charging" some_are_charging "$prefix"
   "$@" >/dev/null 2>&1
   wait "$approving" || fail "approvals while: $*"
-  orders wait "$prefix" 20
+  orders wait "$prefix" 40
 }
 some_are_charging() { (($(sql "SELECT count(*) FROM orders WHERE state = 'charging' AND id LIKE '$1-%'") > 0)); }
 
