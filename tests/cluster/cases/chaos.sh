@@ -15,13 +15,10 @@ disturbed() { # disturbed NAME COMMAND…: while twenty orders of every kind are
   "$@" >"$WORK/disturbed" 2>&1 || { cat "$WORK/disturbed"; fail "$what"; }
   wait "$demo" || { cat "$WORK/demo"; fail "orders after: $what"; }
   say "$what: $(tail -n 1 "$WORK/demo")"
-  until_true 180 "not everything is ready again after: $what" all_ready
+  # Not by `kubectl wait` for pods, which also waits for those that are on their way out.
+  k rollout status deployments,statefulsets --timeout 180s >"$WORK/ready" 2>&1 ||
+    { cat "$WORK/ready"; fail "not everything is ready again after: $what"; }
   say "everything ready again $(since "$began") s later"
-}
-# Not by `kubectl wait`, which also waits for pods that are on their way out.
-all_ready() {
-  [ "$(k get deployments,statefulsets --output json |
-    json 'all(item["status"].get("readyReplicas", 0) >= item["spec"]["replicas"] for item in d["items"])')" = True ]
 }
 attempts() { sql "SELECT count(*) FROM events WHERE order_id LIKE '$1' AND type = 'attempt_retried'"; }
 # The provider takes 3 s for each, and a worker that is killed "by force" still has 2 s to finish: so they are approved
