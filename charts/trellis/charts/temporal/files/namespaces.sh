@@ -9,7 +9,7 @@ operator() { temporal operator "$@" --command-timeout 30s; }
 
 n=0
 until out=$(operator cluster health 2>&1); do
-  [ $((n % 15)) -ne 0 ] || printf 'waiting for Temporal at %s\n%s\n' "$TEMPORAL_ADDRESS" "$out"
+  [ $((n % 15)) -ne 0 ] || printf 'waiting for Temporal at %s\n%s\n' "${TEMPORAL_ADDRESS##*/}" "$out"
   n=$((n + 1))
   sleep 2
 done
