@@ -4,7 +4,13 @@
 say() { printf '%s: %s\n' "$SUITE" "$*"; }
 fail() {
   say "FAILED: $*" >&2
+  [ -z "${WORK:-}" ] || echo "$*" >>"$WORK/failed"
   exit 1
+}
+failed() { # failed CASE: last of all, after the evidence, which is long
+  local why='a command failed'
+  [ ! -s "$WORK/failed" ] || why=$(cut -c 1-600 "$WORK/failed")
+  say "FAILED: case $1: $why" >&2
 }
 equal() { # equal FOUND EXPECTED WHAT
   [ "$1" = "$2" ] || fail "$3 is \"$1\", not \"$2\""

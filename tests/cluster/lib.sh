@@ -25,7 +25,7 @@ namespace_gone() { ! kubectl get namespace "$1" >/dev/null 2>&1; }
 remove_namespace() {
   local namespace=$1
   kubectl delete namespace "$namespace" --wait=false >/dev/null
-  until_true 90 "the namespace $namespace does not go" namespace_gone "$namespace"
+  until_true 240 "the namespace $namespace does not go" namespace_gone "$namespace"
 }
 namespaces() { kubectl get namespaces --selector "trellis.dev/test=$PREFIX" --output name 2>/dev/null | sed 's,.*/,,'; }
 
