@@ -60,7 +60,7 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=120)
     target = options.json or options.out / "performance.json"
-    results = _about(plan) | (_measured_before(target) if options.add else {})
+    results = _measured_before(target) if options.add else {}
 
     def save() -> None:
         target.write_text(json.dumps(results, indent=1) + "\n")
@@ -117,7 +117,7 @@ def _options() -> argparse.Namespace:
 
 
 def _measured_before(file: Path) -> report.Results:
-    """With the plan and the machine of that run, which the tables of orders go by."""
+    """With the plan and the machine of that run."""
     found: report.Results = json.loads(file.read_text()) if file.exists() else {}
     return found
 
@@ -137,6 +137,8 @@ async def _measure(
     if any(each.name in only for each in CONTESTANTS):
         named.add("orders")
     parts = named or {"orders", *_PARTS}
+    if "orders" in parts or "plan" not in results:
+        results |= _about(plan)  # which the tables of orders go by
     backends: list[Backend] = ["dev server"]
     if programs := find_programs():
         backends.append("temporal-server")
