@@ -20,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from app import errors
 from app.payment.models import PaymentStatus
-from app.steps import FINAL_STEPS, Step
+from app.steps import Step
 
 if TYPE_CHECKING:
     import asyncpg
@@ -127,8 +127,11 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 
 def _start_at_zero() -> None:
     """`increase()` does not see the first increment of a series that was not there before."""
-    for step in FINAL_STEPS:
-        ORDERS_CLOSED.labels(step)
+    for step in Step:
+        if step.final:
+            ORDERS_CLOSED.labels(step)
+        else:
+            STEP_DURATION.labels(step)
     for status in PaymentStatus:
         PAYMENTS.labels(status)
     for outcome in REFUND_OUTCOMES:
