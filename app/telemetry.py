@@ -71,6 +71,9 @@ def configure_logging(settings: Settings) -> None:
             renderer,
         ],
     )
+    # No line of ours says where in the source it was written, and to find that out the stack is walked for each;
+    # this is the documented way to leave it.
+    logging._srcfile = None  # noqa: SLF001
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     root = logging.getLogger()

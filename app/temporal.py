@@ -8,11 +8,12 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 import structlog
 from temporalio.client import Client
-from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.contrib.pydantic import PydanticPayloadConverter
+from temporalio.converter import DataConverter
 from temporalio.runtime import (
     LogForwardingConfig,
     LoggingConfig,
@@ -70,6 +71,27 @@ _LOST: Final = (
 log = structlog.get_logger(__name__)
 
 
+class _PayloadConverter(PydanticPayloadConverter):
+    """Pydantic's, once per process: a worker asks for a new one several times per workflow task, and each would begin
+    without the type adapters of the one before (docs/decisions/0044-one-payload-converter.md)."""
+
+    _made: ClassVar[Self | None] = None
+
+    def __new__(cls) -> Self:
+        if cls._made is None:
+            made = super().__new__(cls)
+            PydanticPayloadConverter.__init__(made)
+            cls._made = made
+        return cls._made
+
+    def __init__(self) -> None:
+        pass  # done when it was made
+
+
+#: Models as JSON, the same on both sides of every call.
+DATA_CONVERTER: Final = DataConverter(payload_converter_class=_PayloadConverter)
+
+
 async def connect(settings: Settings, *, lazy: bool = True) -> Client:
     """A client that connects again by itself whenever the connection was lost.
 
@@ -85,7 +107,7 @@ async def connect(settings: Settings, *, lazy: bool = True) -> Client:
         namespace=settings.temporal_namespace,
         api_key=api_key.get_secret_value() if api_key else None,
         tls=_tls(settings),
-        data_converter=pydantic_data_converter,
+        data_converter=DATA_CONVERTER,
         plugins=tracing.temporal_plugins(),
         runtime=_runtime(with_metrics=settings.metrics_port > 0).runtime,
         lazy=lazy,

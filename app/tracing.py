@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -85,6 +86,8 @@ def configure_tracing(output: IO[str] | None = None) -> bool:
 
     # The sampler is that of OTEL_TRACES_SAMPLER; without it, everything whose parent was not left out.
     provider = create_tracer_provider(shutdown_on_exit=False)
+    # The plugin asks for its tracer once per span, and each would be a new one.
+    provider.get_tracer = cache(provider.get_tracer)  # type: ignore[method-assign]
     provider.add_span_processor(_Describe())
     for exporter in exporters:
         # People read along; a collector is sent batches as the standard variables say.
@@ -204,23 +207,22 @@ class _Describe(SpanProcessor):
     """Completes spans when they begin: the order they are of, and a name for a statement that tells something."""
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002 - the SDK's
-        shared = _shared.get()
-        if shared:
-            span.set_attributes(shared)
         known = span.attributes or {}
+        more = dict(_shared.get() or {})
         workflow = known.get("temporalWorkflowID")
         if isinstance(workflow, str):
             # `order/<id>` and `shipping/<id>`.
-            span.set_attribute("order.id", workflow.partition("/")[2])
+            more["order.id"] = workflow.partition("/")[2]
         query = known.get("db.query.text")
         if isinstance(query, str):
             summary = operation(query)
             verb, _, table = summary.partition(" ")
             span.update_name(summary)
-            span.set_attribute("db.query.summary", summary)
-            span.set_attribute("db.operation.name", verb)
+            more |= {"db.query.summary": summary, "db.operation.name": verb}
             if table:
-                span.set_attribute("db.collection.name", table)
+                more["db.collection.name"] = table
+        # At once, since each call takes the span's lock and copies what it is given.
+        span.set_attributes(more)
 
 
 class Redacting(SpanExporter):
@@ -251,6 +253,8 @@ def _is_housekeeping(span: ReadableSpan) -> bool:
 
 def _clean(span: ReadableSpan) -> ReadableSpan:
     status = span.status
+    if status.status_code is not StatusCode.ERROR and not span.events and ALLOWED.issuperset(span.attributes or ()):
+        return span
     if status.status_code is StatusCode.ERROR:
         status = Status(StatusCode.ERROR, str((span.attributes or {}).get("error.type", "")) or None)
     return ReadableSpan(
