@@ -253,9 +253,10 @@ def _is_housekeeping(span: ReadableSpan) -> bool:
 
 def _clean(span: ReadableSpan) -> ReadableSpan:
     status = span.status
-    if status.status_code is not StatusCode.ERROR and not span.events and ALLOWED.issuperset(span.attributes or ()):
+    has_failed = status.status_code is StatusCode.ERROR
+    if not has_failed and not span.events and ALLOWED.issuperset(span.attributes or ()):
         return span
-    if status.status_code is StatusCode.ERROR:
+    if has_failed:
         status = Status(StatusCode.ERROR, str((span.attributes or {}).get("error.type", "")) or None)
     return ReadableSpan(
         name=span.name,

@@ -23,13 +23,12 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 from temporalio.workflow import NondeterminismError
 
-from app import policies
-from app.order.activities import OrderActivities
 from app.order.models import OrderInput, OrderResult
 from app.order.workflows import OrderWorkflow
 from app.shipping.models import ShippingInput, ShippingResult
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
+from tests.alerts.careless import ValidatedTwice
 from tests.record_histories import FOLDER, SCENARIOS
 from tests.shop import OFFICE, REFUSED, UNANSWERED, Shop, fresh_settings, open_shop
 
@@ -74,23 +73,6 @@ class WithoutValidation(OrderWorkflow):
 
     async def _validate(self) -> None:
         self._step = Step.AWAITING_REVIEW
-
-
-@workflow.defn(name="OrderWorkflow")
-class ValidatedTwice(OrderWorkflow):
-    """A careless change: an activity more."""
-
-    @workflow.init
-    def __init__(self, order: OrderInput) -> None:
-        super().__init__(order)
-
-    @workflow.run
-    async def run(self, order: OrderInput) -> OrderResult:
-        return await super().run(order)
-
-    async def _validate(self) -> None:
-        await workflow.execute_activity_method(OrderActivities.validate, self._order, **policies.DATABASE)
-        await super()._validate()
 
 
 @workflow.defn(name="OrderWorkflow")
