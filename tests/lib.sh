@@ -7,9 +7,20 @@ fail() {
   [ -z "${WORK:-}" ] || echo "$*" >>"$WORK/failed"
   exit 1
 }
+# A command that fails by itself says which one it was; `set -e` would end the run without a word.
+set -o errtrace
+trap 'unexpected $? "$BASH_COMMAND" "${BASH_SOURCE[0]##*/}" $LINENO' ERR
+unexpected() { # unexpected CODE COMMAND FILE LINE
+  [ -z "${WORK:-}" ] || echo "$3 line $4: exit code $1 of $2" >>"$WORK/unexpected"
+}
 failed() { # failed CASE: last of all, after the evidence, which is long
   local why='a command failed'
-  [ ! -s "$WORK/failed" ] || why=$(cut -c 1-600 "$WORK/failed")
+  if [ -s "$WORK/failed" ]; then
+    why=$(cut -c 1-600 "$WORK/failed")
+  elif [ -s "$WORK/unexpected" ]; then
+    # The innermost comes first, and then each that it was called from.
+    why=$(tail -n 4 "$WORK/unexpected" | cut -c 1-300)
+  fi
   say "FAILED: case $1: $why" >&2
 }
 equal() { # equal FOUND EXPECTED WHAT

@@ -95,7 +95,13 @@ stop_forwards() { ((${#forwards[@]} == 0)) || kill "${forwards[@]}" 2>/dev/null 
 
 # --- orders
 
-orders() { "$PYTHON" -m tests.cluster.drive --url "$API" "$@"; } # see drive.py
+orders() { # see drive.py
+  local said=$WORK/orders.$BASHPID
+  "$PYTHON" -m tests.cluster.drive --url "$API" "$@" 2>"$said" || {
+    cat "$said"
+    fail "orders $*: $(tail -n 1 "$said")"
+  }
+}
 demo() { "$TRELLIS" demo --url "$API" "$@"; }
 
 # --- the books

@@ -21,3 +21,9 @@ if docker compose up --wait --detach >"$WORK/taken" 2>&1; then
   fail "it starts although the port is taken"
 fi
 grep -E 'address already in use|port is already allocated' "$WORK/taken" || fail "no clear word about the taken port"
+
+# As it was found, for the cases that follow.
+kill "$listener"
+trap - EXIT
+wait "$listener" 2>/dev/null || true
+docker compose up --wait --detach 2>/dev/null || fail "up once the port is free"
