@@ -180,9 +180,9 @@ class PaymentRepository:
         metrics.entered(request.close_as, move)
 
 
-async def mark_charged(connection: Connection, payment_id: str, receipt: Receipt) -> str:
-    """INIT becomes CHARGED, with what the provider said; the command tag tells whether it was INIT."""
-    return await connection.execute(_CHARGED, payment_id, receipt.money.amount, receipt.reference)
+async def mark_charged(connection: Connection, payment_id: str, receipt: Receipt) -> None:
+    """INIT becomes CHARGED, with what the provider said."""
+    await connection.execute(_CHARGED, payment_id, receipt.money.amount, receipt.reference)
 
 
 async def mark_failed(connection: Connection, payment_id: str) -> str:
