@@ -22,7 +22,7 @@ from app.steps import Step
 #: Calls at a time: enough to fill the workers, few enough for one `kubectl port-forward`.
 CONCURRENCY: Final = 16
 #: Seconds a call is repeated.
-PATIENCE: Final = 120.0
+PATIENCE: Final = 240.0
 
 Each = Callable[[int], Awaitable[None]]
 
@@ -149,7 +149,7 @@ def _options() -> argparse.Namespace:
             command.add_argument("--review", type=int, default=1800, help="review window in seconds")
         if name == "wait":
             command.add_argument("--step", default="shipped")
-            command.add_argument("--seconds", type=float, default=180)
+            command.add_argument("--seconds", type=float, default=300)
     return parser.parse_args()
 
 

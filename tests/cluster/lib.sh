@@ -79,17 +79,20 @@ forward() { # forward: keep API an address of svc/trellis-api, through everythin
   export API=http://127.0.0.1:$port
   (
     trap 'kill "$child" 2>/dev/null; exit 0' TERM
-    # `port-forward` is bound to the pod it found, and ends with it.
+    # `port-forward` is bound to the pod it found. Mostly it ends with it; where it stays instead, it is ended here.
     while :; do
       k port-forward --address 127.0.0.1 svc/trellis-api "$port:8000" >/dev/null 2>&1 &
-      child=$!
-      wait "$child" || true
-      sleep 0.2
+      child=$! silent=0
+      while sleep 1 && kill -0 "$child" 2>/dev/null && ((silent < 3)); do
+        if api_lives; then silent=0; else silent=$((silent + 1)); fi
+      done
+      kill "$child" 2>/dev/null || true
     done
   ) &
   forwards+=("$!")
   until_true 30 "svc/trellis-api does not answer through port-forward" api_answers
 }
+api_lives() { curl -sS --fail --max-time 5 -o /dev/null "$API/healthz" 2>/dev/null; }
 api_answers() { curl -sS --fail --max-time 5 -o "$WORK/ignored" "$API/readyz" 2>/dev/null; }
 stop_forwards() { ((${#forwards[@]} == 0)) || kill "${forwards[@]}" 2>/dev/null || true; }
 
@@ -112,6 +115,8 @@ sql() {
   read -r namespace pod <<<"${DATABASE:-$NS trellis-postgresql-0}"
   kubectl --namespace "$namespace" exec "$pod" -- psql --username postgres --dbname trellis --tuples-only --no-align --command "$1"
 }
+in_state() { sql "SELECT count(*) FROM orders WHERE state = '$1' AND id LIKE '$2-%'"; } # in_state STATE PREFIX
+some_are_charging() { (($(in_state charging "$1") > 0)); }
 books_clean() {
   equal "$(sql 'SELECT count(*) FROM (SELECT FROM sandbox.charges GROUP BY payment HAVING count(*) > 1) AS twice')" 0 \
     "payments charged twice in the provider's books"

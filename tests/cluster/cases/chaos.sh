@@ -40,7 +40,6 @@ in_mid_charge() { # in_mid_charge PREFIX COMMAND…: while forty orders are bein
   wait "$approving" || fail "approvals while: $*"
   orders wait "$prefix" 40
 }
-some_are_charging() { (($(sql "SELECT count(*) FROM orders WHERE state = 'charging' AND id LIKE '$1-%'") > 0)); }
 
 # By force: the attempts are lost with the worker, and repeated when their 40 s are up; the provider knows the keys.
 in_mid_charge "killed-$RUN" k delete pod --selector trellis.dev/task-queue=default --grace-period 0 --force --wait=false

@@ -4,8 +4,6 @@
 
 shared
 forward
-in_state() { sql "SELECT count(*) FROM orders WHERE state = '$1' AND id LIKE '$2-%'"; }
-some_are_charging() { (($(in_state charging "$1") > 0)); }
 charge_some() {
   orders start "up-charge-$RUN-$1" 10 --payment pay-down
   orders approve "up-charge-$RUN-$1" 10

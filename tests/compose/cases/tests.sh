@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # The test suite in the container, against the running servers, whose own data it leaves as they are.
 
+# Something that could be lost, whichever cases came before.
+start_order "tests-$RANDOM" "pay-tests-$RANDOM" 3600
+
 state() {
   sql 'SELECT count(*), max(id) FROM events'
   sql 'SELECT count(*) FROM orders'
