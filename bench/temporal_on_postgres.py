@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def temporal_server_version(programs: Path) -> str:
 class TemporalOnPostgres(LocalServer):
     """One temporal-server on 127.0.0.1, with its two databases on `postgres`. Looks like `LocalTemporal`."""
 
-    def __init__(self, programs: Path, postgres: LocalPostgres, data: Path) -> None:
+    def __init__(
+        self, programs: Path, postgres: LocalPostgres, data: Path, dynamic_config: Mapping[str, object]
+    ) -> None:
         super().__init__(NAME)
+        self._dynamic_config = dynamic_config
         self._programs = programs
         self._postgres = postgres
         self._data = data
@@ -66,8 +70,9 @@ class TemporalOnPostgres(LocalServer):
             await self._postgres.ensure_database(database)
             await self._sql_tool(database, "setup-schema", "-v", "0.0")
             await self._sql_tool(database, "update-schema", "--schema-name", schema)
-        config = self._data / f"{NAME}.yaml"
-        config.write_text(json.dumps(self._config()))  # JSON is YAML
+        config, dynamic = self._data / f"{NAME}.yaml", self._data / f"{NAME}-dynamic.yaml"
+        config.write_text(json.dumps(self._config(dynamic)))  # JSON is YAML
+        dynamic.write_text(json.dumps({key: [{"value": value}] for key, value in self._dynamic_config.items()}))
         args = [str(self._programs / NAME), "--config-file", str(config), "--allow-no-auth", "start"]
         self._process = ServerProcess(NAME, Launch(args, self._log, cwd=self._data))
         self._process.spawn()
@@ -111,7 +116,7 @@ class TemporalOnPostgres(LocalServer):
             return False
         return True
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, dynamic: Path) -> dict[str, Any]:
         def store(database: str, connections: int) -> dict[str, Any]:
             return {
                 "sql": {
@@ -155,4 +160,5 @@ class TemporalOnPostgres(LocalServer):
                 },
             },
             "publicClient": {"hostPort": self.address},
+            "dynamicConfigClient": {"filepath": str(dynamic), "pollInterval": "1m"},
         }
