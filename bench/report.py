@@ -62,7 +62,7 @@ def machine(results: Results) -> str:
     load = where["load_before"]
     busy = f" **The machine was busy: load {load:.1f} before the run.**" if load > where["cores"] / 2 else ""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    dynamic = results["dynamic_config"]
+    dynamic = results.get("dynamic_config", {})  # measurements of before have none
     settings = "".join(f" Temporal with `{key}={json.dumps(value)}`." for key, value in dynamic.items())
     return (
         f"{results['at']}, {size}: {where['cpu']}, {where['cores']} cores, {where['memory_gb']:.0f} GB, "
