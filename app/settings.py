@@ -48,6 +48,11 @@ class Settings(BaseSettings):
     # API
     api_host: str = Field("127.0.0.1", description="Address the API listens on.")
     api_port: Port = Field(8000, description="Port the API listens on.")
+    api_keep_alive_timeout: PositiveInt = Field(
+        75,
+        description="Seconds a connection to the API may be idle before it is closed. More than the proxy in front of "
+        "it allows: a request on a connection that is just being closed is lost, and answered 502.",
+    )
 
     # Workers
     order_task_queue: str = Field("default", description="Task queue of `OrderWorkflow` and payments.")

@@ -36,6 +36,7 @@ from app.order.repository import OrderRepository
 from app.settings import Settings
 from app.steps import Step
 from tests.support import serving, until, until_step
+from tests.telemetry import environment, started, until_ready
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -1277,3 +1278,15 @@ async def test_temporal_that_was_never_there_is_503(settings: Settings) -> None:
         for name in ("start", "approve", "status", "review"):
             unavailable(await call(client, name, new_id()), "TemporalUnavailable")
         assert (await client.get("/orders")).json() == {"orders": [], "next": None}
+
+
+async def test_an_idle_connection_is_kept_as_long_as_the_settings_say(settings: Settings, tmp_path: Path) -> None:
+    port = free_port()
+    env = environment(settings, TRELLIS_API_PORT=str(port), TRELLIS_API_KEEP_ALIVE_TIMEOUT="1")
+    async with started(tmp_path / "log", env, "app", "api") as api:
+        await until_ready(f"http://127.0.0.1:{port}", api)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        await asyncio.wait_for(reader.read(), 4)  # until the API closes it; uvicorn alone would wait for 5 s
+        writer.close()

@@ -37,7 +37,10 @@ async def _serve(host: str, port: int, database_url: str) -> None:
     # The ledger opens at the first request, so that this may start before its database does.
     async with Ledger(database_url) as ledger:
         # Without an access log: it would say nothing that the ledger does not say better.
-        config = uvicorn.Config(create_sandbox(ledger), host=host, port=port, access_log=False, lifespan="off")
+        # Connections stay longer than any client keeps them, as the API's do.
+        config = uvicorn.Config(
+            create_sandbox(ledger), host=host, port=port, access_log=False, lifespan="off", timeout_keep_alive=75
+        )
         # After Config, which sets up logging.
         logging.getLogger("uvicorn.error").addFilter(_lost_on_purpose)
         await uvicorn.Server(config).serve()

@@ -36,7 +36,7 @@ def api(
     from app.http import create_app
 
     settings = _settings()
-    serve(create_app(settings), host or settings.api_host, port or settings.api_port)
+    serve(create_app(settings), settings, host, port)
 
 
 def run_all(
@@ -55,7 +55,7 @@ def run_all(
         db.migrate(settings.database_url.get_secret_value())
     application = create(settings)
     try:
-        serve(application, host or settings.api_host, port or settings.api_port)
+        serve(application, settings, host, port)
     finally:
         if application.state.workers_failed:
             sys.exit(1)
@@ -79,16 +79,21 @@ def _end_on_sigterm(code: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
 
 
-def serve(application: object, host: str, port: int) -> None:
-    """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave."""
+def serve(application: object, settings: Settings, host: str | None, port: int | None) -> None:
+    """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave.
+
+    Args:
+        host: where to listen, if not where the settings say. So is `port`.
+    """
     import uvicorn
 
     uvicorn.run(
         application,  # type: ignore[arg-type]
-        host=host,
-        port=port,
+        host=host or settings.api_host,
+        port=port or settings.api_port,
         log_config=None,
         access_log=False,
+        timeout_keep_alive=settings.api_keep_alive_timeout,
         timeout_graceful_shutdown=5,
     )
 

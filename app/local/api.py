@@ -42,15 +42,17 @@ class ApiServer:
     Args:
         app: the application; its lifespan starts and drains the workers.
         bound: where it listens.
+        keep_alive_timeout: seconds that a connection may be idle.
     """
 
-    def __init__(self, app: Any, bound: socket.socket) -> None:
+    def __init__(self, app: Any, bound: socket.socket, *, keep_alive_timeout: int) -> None:
         config = uvicorn.Config(
             app,
             lifespan="on",
             log_config=None,  # the application configures logging, and writes its own line per request
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=keep_alive_timeout,
             timeout_graceful_shutdown=REQUESTS_GRACE,
         )
         logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
