@@ -196,7 +196,8 @@ class Running:
 @asynccontextmanager
 async def http_door(port: int) -> AsyncIterator[HttpDoor]:
     """The door of an API on this port."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A connection is given up before uvicorn's default, 5 s, does it: a request on one that is just closed is lost.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as client:
         yield HttpDoor(client)
 
