@@ -87,14 +87,12 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
     return app
 
 
-async def _name_order(request: Request) -> AsyncIterator[None]:
-    """Puts the order on the spans and log lines of its requests."""
+async def _name_order(request: Request) -> None:
+    """Puts the order on the spans and log lines of the rest of its request."""
     order_id = request.path_params.get("id")
-    if order_id is None:
-        yield
-        return
-    with structlog.contextvars.bound_contextvars(order_id=order_id), tracing.attributes(order_id=order_id):
-        yield
+    if order_id is not None:
+        structlog.contextvars.bind_contextvars(order_id=order_id)
+        tracing.describe(order_id=order_id)
 
 
 # --- health
@@ -257,12 +255,16 @@ class CanonicalLog:
         if scope["type"] != "http" or scope["path"] in self.quiet:
             await self.app(scope, receive, send)
             return
+        # A request that was sent before the answer to the one before it begins in the context of that one.
+        structlog.contextvars.clear_contextvars()
+        tracing.forget()
         began, status, first_byte = time.monotonic(), 500, None
 
         async def note_status(message: Message) -> None:
             nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = message["status"]
+                tracing.name_request(scope)
                 if (b"content-type", b"text/event-stream; charset=utf-8") in message.get("headers", ()):
                     # Whoever watches an order stays as long as it lasts, which says nothing of how fast we are.
                     first_byte = time.monotonic() - began
@@ -270,6 +272,9 @@ class CanonicalLog:
 
         try:
             await self.app(scope, receive, note_status)
+        except Exception:
+            tracing.name_request(scope)  # it is answered outside
+            raise
         finally:
             method, route = scope["method"], getattr(scope.get("route"), "path", "unknown")
             seconds = time.monotonic() - began

@@ -122,7 +122,7 @@ ERROR_TYPES: Final = frozenset(_names_of_errors(errors.TrellisError)) | {
     "WorkerStopped",
     "Cancelled",
 }
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+KNOWN_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def _start_at_zero() -> None:
@@ -207,7 +207,7 @@ def closed_error_type(name: str) -> str:
 
 def request_ended(method: str, route: str, status: int, seconds: float) -> None:
     """Count a request. `route` is the template, never the path."""
-    known = method if method in _METHODS else "other"
+    known = method if method in KNOWN_METHODS else "other"
     HTTP_DURATION.labels(known, route, str(status)).observe(seconds, exemplar=_exemplar())
 
 

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Status, StatusCode
 
-from app.metrics import POOL_RESET, operation
+from app.metrics import KNOWN_METHODS, POOL_RESET, operation
 
 if TYPE_CHECKING:
     import httpx
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.instrumentation.httpx import RequestInfo
     from opentelemetry.sdk.trace import Span
+    from starlette.types import ASGIApp, Scope
     from temporalio.contrib.opentelemetry import ReplaySafeTracerProvider
     from temporalio.plugin import SimplePlugin
 
@@ -141,11 +142,37 @@ def instrument_api(app: FastAPI) -> None:
     """Trace the requests of an application, but for the probes."""
     if _provider is None:
         return
-    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
-    FastAPIInstrumentor.instrument_app(
-        app, tracer_provider=_provider, excluded_urls="healthz,readyz", exclude_spans=["send", "receive"]
-    )
+    build, provider = app.build_middleware_stack, _provider
+
+    def build_traced() -> ASGIApp:
+        # Around everything, so that an unexpected error and the answer to it are the request's. FastAPI's own
+        # instrumentation does the same, and looks for the route of each request a second time.
+        return OpenTelemetryMiddleware(
+            build(),
+            excluded_urls="healthz,readyz",
+            default_span_details=lambda scope: (_method(scope), {}),
+            tracer_provider=provider,
+            exclude_spans=["send", "receive"],
+        )
+
+    app.build_middleware_stack = build_traced  # type: ignore[method-assign]
+
+
+def name_request(scope: Scope) -> None:
+    """Name the current span, that of a request, after its route, once that is found; before the answer has ended."""
+    route = getattr(scope.get("route"), "path", None)
+    if _provider is not None and route is not None:
+        span = trace.get_current_span()
+        span.update_name(f"{_method(scope)} {route}")
+        span.set_attribute("http.route", route)
+
+
+def _method(scope: Scope) -> str:
+    # In the name of a span, "HTTP" stands for a method that nobody knows.
+    method = scope.get("method")
+    return method if method in KNOWN_METHODS else "HTTP"
 
 
 def instrument_client(client: httpx.AsyncClient) -> None:
@@ -186,16 +213,25 @@ def trace_id() -> str | None:
 @contextmanager
 def attributes(**values: str | int) -> Iterator[None]:
     """Give these attributes to the current span and to those begun in the block; `order_id` is `order.id`."""
-    if _provider is None:
-        yield
-        return
-    named = {key.replace("_", "."): value for key, value in values.items()}
-    token = _shared.set({**(_shared.get() or {}), **named})
-    trace.get_current_span().set_attributes(named)
+    token = _shared.set(_shared.get())
+    describe(**values)
     try:
         yield
     finally:
         _shared.reset(token)
+
+
+def describe(**values: str | int) -> None:
+    """The same for as long as the current context lasts."""
+    if _provider is not None:
+        named = {key.replace("_", "."): value for key, value in values.items()}
+        _shared.set({**(_shared.get() or {}), **named})
+        trace.get_current_span().set_attributes(named)
+
+
+def forget() -> None:
+    """Begin anew: what `describe` said before is not of what comes now."""
+    _shared.set(None)
 
 
 def failed(error_type: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from app import metrics, telemetry, tracing
 from app.errors import PaymentUnavailable, TrellisError
+from app.http import CanonicalLog
 from app.interceptors import translate
 from app.settings import Settings
 from app.traceview import line
@@ -160,3 +162,24 @@ def test_error_types_are_a_closed_set() -> None:
     assert metrics.closed_error_type(translate(PaymentUnavailable("x")).type or "") == "PaymentUnavailable"
     assert metrics.closed_error_type(translate(ConnectionRefusedError()).type or "") == "DatabaseUnavailable"
     assert metrics.closed_error_type(translate(Surprising("x")).type or "") == "Unexpected"
+
+
+# --- requests
+
+
+async def test_a_request_begins_without_the_context_of_the_one_before() -> None:
+    """Sent on one connection before the answer to the first has come, the second begins in the first one's task."""
+    began_with = []
+
+    async def application(*_: object) -> None:
+        began_with.append(structlog.contextvars.get_contextvars())
+        structlog.contextvars.bind_contextvars(order_id="o-1")
+
+    served = CanonicalLog(application)
+    for _ in range(2):
+        await served({"type": "http", "path": "/orders", "method": "GET"}, _nothing, _nothing)
+    assert began_with == [{}, {}]
+
+
+async def _nothing(*_: object) -> Any:
+    raise AssertionError("nobody reads or answers")

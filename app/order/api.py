@@ -49,7 +49,7 @@ class OrderParts:
     feed: EventFeed
 
 
-def _parts(request: Request) -> OrderParts:
+async def _parts(request: Request) -> OrderParts:  # FastAPI would call a plain function in a thread
     parts: OrderParts = request.app.state.orders
     return parts
 
