@@ -61,7 +61,7 @@ FULL = Plan(
 
 QUICK = Plan(
     quick=True,
-    rounds=2,
+    rounds=1,
     orders=30,
     warm_up=6,
     at_once=(10,),
