@@ -84,7 +84,7 @@ forward() { # forward: keep API an address of svc/trellis-api, through everythin
       k port-forward --address 127.0.0.1 svc/trellis-api "$port:8000" >/dev/null 2>&1 &
       child=$! silent=0
       while sleep 1 && kill -0 "$child" 2>/dev/null && ((silent < 3)); do
-        if api_lives; then silent=0; else silent=$((silent + 1)); fi
+        if api_answers /healthz; then silent=0; else silent=$((silent + 1)); fi
       done
       kill "$child" 2>/dev/null || true
     done
@@ -92,8 +92,7 @@ forward() { # forward: keep API an address of svc/trellis-api, through everythin
   forwards+=("$!")
   until_true 30 "svc/trellis-api does not answer through port-forward" api_answers
 }
-api_lives() { curl -sS --fail --max-time 5 -o /dev/null "$API/healthz" 2>/dev/null; }
-api_answers() { curl -sS --fail --max-time 5 -o "$WORK/ignored" "$API/readyz" 2>/dev/null; }
+api_answers() { curl -sS --fail --max-time 5 -o /dev/null "$API${1:-/readyz}" 2>/dev/null; } # api_answers [PATH]
 stop_forwards() { ((${#forwards[@]} == 0)) || kill "${forwards[@]}" 2>/dev/null || true; }
 
 # --- orders
