@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 ARGS ?=
+# Tests mostly wait for servers: three processes, each with its own, keep two cores busy.
+TEST_PROCESSES ?= 3
+PARALLEL := -n $(TEST_PROCESSES) --dist worksteal
 # The name in kind-config.yaml.
 CLUSTER ?= trellis
 
@@ -25,10 +28,10 @@ run: $(VENV)/.local ## Start everything here: PostgreSQL, Temporal, API, workers
 	@exec $(BIN)/trellis run $(ARGS)
 
 test: $(VENV)/.dev check ## Lint, types, contracts, and the whole test suite with coverage (ARGS="-k name")
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term $(ARGS)
 
 test-fast: $(VENV)/.dev ## The test suite without checks and coverage (ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: $(VENV)/.dev ## Formatting, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
