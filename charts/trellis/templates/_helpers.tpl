@@ -49,6 +49,18 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{ .Values.serviceAccount.name | default (include "trellis.fullname" .) }}
 {{- end }}
 
+{{/* Seconds as people say them. */}}
+{{- define "trellis.duration" -}}
+{{- $seconds := int64 . -}}
+{{- if eq (mod $seconds 3600) 0 -}}
+{{ div $seconds 3600 }} h
+{{- else if eq (mod $seconds 60) 0 -}}
+{{ div $seconds 60 }} min
+{{- else -}}
+{{ $seconds }} s
+{{- end -}}
+{{- end }}
+
 {{/* A worker with what it shares with the others, as JSON. (dict "root" $ "worker" {…}) */}}
 {{- define "trellis.worker" -}}
 {{- $v := .root.Values -}}

@@ -5,6 +5,7 @@
      labels     more labels, optional
      postgresql "app", "migrate", or nothing: no PostgreSQL
      temporal   true: Temporal
+     partners   true: the payment provider and the carrier, so their credentials
      serves     true: runs as replicas and has metrics */}}
 
 {{- define "trellis.podMetadata" -}}
@@ -104,6 +105,9 @@ volumeMounts:
 - name: TRELLIS_TEMPORAL_API_KEY
   valueFrom: {secretKeyRef: {name: {{ include "trellis.apiKeySecret" .root }}, key: {{ $v.temporalClient.apiKey.key }}}}
 {{- end }}
+{{- if .partners }}
+{{- include "trellis.partnersEnv" $v.partners | nindent 0 }}
+{{- end }}
 {{- if $v.otel.endpoint }}
 {{- with $v.otel.headersSecret }}
 - name: OTEL_EXPORTER_OTLP_HEADERS
@@ -130,17 +134,27 @@ volumeMounts:
   sources:
     - secret: {name: {{ $database.caSecret }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
 {{- end }}
-{{- with .root.Values.temporalClient.tls }}
-{{- if and $.temporal (or .caSecret .certSecret) }}
-- name: temporal
+{{- if .temporal }}
+{{- include "trellis.tlsVolume" (list "temporal" .root.Values.temporalClient.tls) }}
+{{- end }}
+{{- if .partners }}
+{{- include "trellis.tlsVolume" (list "payment" .root.Values.partners.payment.tls) }}
+{{- include "trellis.tlsVolume" (list "carrier" .root.Values.partners.carrier.tls) }}
+{{- end }}
+{{- end }}
+
+{{/* A CA and a client's certificate in one volume. (list NAME TLS) */}}
+{{- define "trellis.tlsVolume" -}}
+{{- $tls := last . -}}
+{{- if or $tls.caSecret $tls.certSecret }}
+- name: {{ first . }}
   sources:
-    {{- with .caSecret }}
-    - secret: {name: {{ . }}, items: [{key: {{ $.root.Values.temporalClient.tls.caKey }}, path: ca.crt}]}
+    {{- with $tls.caSecret }}
+    - secret: {name: {{ . }}, items: [{key: {{ $tls.caKey }}, path: ca.crt}]}
     {{- end }}
-    {{- with .certSecret }}
+    {{- with $tls.certSecret }}
     - secret: {name: {{ . }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
     {{- end }}
-{{- end }}
 {{- end }}
 {{- end }}
 
