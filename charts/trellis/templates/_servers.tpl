@@ -18,8 +18,14 @@
 {{- if .Values.database.password -}}
 {{ include "trellis.fullname" . }}-database
 {{- else -}}
-{{ .Values.database.existingSecret | default (printf "%s-postgresql" .Release.Name) }}
+{{ .Values.database.existingSecret | default (include "trellis.bundledSecret" .) }}
 {{- end -}}
+{{- end }}
+
+{{/* That of the chart's PostgreSQL. */}}
+{{- define "trellis.bundledSecret" -}}
+{{- $own := tpl (dig "auth" "existingSecret" "" .Values.postgresql) . -}}
+{{ $own | default (tpl .Values.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) }}
 {{- end }}
 
 {{- define "trellis.migrationSecret" -}}

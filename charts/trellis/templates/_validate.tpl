@@ -1,7 +1,8 @@
 {{/* What values.schema.json cannot say, or not in words that help. All faults at once. */}}
 {{- define "trellis.validate" -}}
+{{- include "trellis.complete" . -}}
 {{- $faults := list -}}
-{{- range list "partners" "servers" "workers" "exposure" "rest" -}}
+{{- range list "partners" "servers" "bundled" "workers" "exposure" "rest" -}}
 {{- $faults = concat $faults (include (print "trellis.faults." .) $ | fromJsonArray) -}}
 {{- end -}}
 {{- if $faults }}
@@ -112,6 +113,59 @@
 {{- if and .temporalClient.apiKey.value .temporalClient.apiKey.existingSecret -}}
   {{- $faults = append $faults "temporalClient.apiKey.value and .existingSecret are both set: set one" -}}
 {{- end -}}
+{{- end -}}
+{{ toJson $faults }}
+{{- end }}
+
+{{/* What the servers of this chart do not have, and what has to be said of them once. */}}
+{{- define "trellis.faults.bundled" -}}
+{{- $faults := list -}}
+{{- $v := .Values -}}
+{{- $instead := "leave it out, or set postgresql.enabled=false for a PostgreSQL of your own" -}}
+{{- if $v.postgresql.enabled -}}
+  {{- if or $v.database.password $v.migration.password -}}
+    {{- $faults = append $faults (printf "database.password and migration.password are not those of this chart's PostgreSQL, which has its own in a Secret: %s" $instead) -}}
+  {{- end -}}
+  {{- range $name := list "database" "migration" -}}
+    {{- with (get $v $name).existingSecret -}}
+      {{- if ne . (include "trellis.bundledSecret" $) -}}
+        {{- $faults = append $faults (printf "%s.existingSecret is %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret=%s for all, or postgresql.enabled=false" $name . (include "trellis.bundledSecret" $) .) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range list (list "database.name" $v.database.name (list "trellis")) (list "database.user" $v.database.user (list "trellis_app" "trellis_migrate")) (list "migration.user" $v.migration.user (list "trellis_migrate")) (list "database.port" (toString $v.database.port) (list "5432")) (list "database.sslMode" $v.database.sslMode (list "" "disable" "allow" "prefer")) (list "database.caSecret" $v.database.caSecret (list "")) (list "database.urlKey" $v.database.urlKey (list "")) (list "migration.urlKey" $v.migration.urlKey (list "")) -}}
+    {{- if not (has (index . 1) (last .)) -}}
+      {{- $faults = append $faults (printf "%s is %v, and this chart's PostgreSQL has no such thing: %s" (first .) (index . 1) $instead) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if $v.temporal.enabled -}}
+  {{- $names := list -}}
+  {{- range $v.temporal.namespaces | default (list (dict "name" "default")) -}}
+    {{- $names = append $names .name -}}
+  {{- end -}}
+  {{- if not (has $v.temporalClient.namespace $names) -}}
+    {{- $faults = append $faults (printf "temporalClient.namespace is %s, and this chart's Temporal has %s: set temporal.namespaces to [{name: %s, retention: 168h}]" $v.temporalClient.namespace (join ", " $names) $v.temporalClient.namespace) -}}
+  {{- end -}}
+  {{- if include "trellis.temporalTls" . | eq "true" -}}
+    {{- $faults = append $faults "temporalClient.tls or temporalClient.apiKey is set, and this chart's Temporal has neither TLS nor keys: leave them out, or set temporal.enabled=false for a Temporal of your own" -}}
+  {{- end -}}
+  {{- $own := tpl (dig "database" "existingSecret" "" $v.temporal) . -}}
+  {{- if and $v.postgresql.enabled (eq (dig "database" "host" "" $v.temporal) "{{ .Release.Name }}-postgresql") -}}
+    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) -}}
+    {{- if ne $secret (include "trellis.bundledSecret" .) -}}
+      {{- $faults = append $faults (printf "Temporal opens its database with the Secret %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret for both, and neither postgresql.auth.existingSecret nor temporal.database.existingSecret" $secret (include "trellis.bundledSecret" .)) -}}
+    {{- end -}}
+    {{- range list (list "port" "5432") (list "user" "temporal") (list "name" "temporal") (list "visibilityName" "temporal_visibility") (list "existingSecretKey" "temporal-password") -}}
+      {{- $value := dig "database" (first .) (last .) $v.temporal | toString -}}
+      {{- if ne $value (last .) -}}
+        {{- $faults = append $faults (printf "temporal.database.%s is %s, and this chart's PostgreSQL has %s: leave it out, or set temporal.database.host for a PostgreSQL of your own" (first .) $value (last .)) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if dig "database" "tls" "enabled" false $v.temporal -}}
+      {{- $faults = append $faults "temporal.database.tls.enabled is true, and this chart's PostgreSQL has no TLS: leave it out, or set temporal.database.host for a PostgreSQL of your own" -}}
+    {{- end -}}
+  {{- end -}}
 {{- end -}}
 {{ toJson $faults }}
 {{- end }}
