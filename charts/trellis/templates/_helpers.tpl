@@ -10,7 +10,7 @@
 {{- range list "global.trellis" "production" "sandbox" "orders" "api.exposure" "api.allowedHosts" "partners.payment.tls" "partners.carrier.tls" -}}
   {{- $found := $values -}}
   {{- range splitList "." . -}}
-    {{- $found = ternary (get ($found | default dict) .) nil (kindIs "map" ($found | default dict)) -}}
+    {{- $found = index ($found | default dict) . -}}
   {{- end -}}
   {{- if kindIs "invalid" $found -}}
     {{- fail (printf "the value %s is missing, as after an upgrade with --reuse-values from a chart that did not have it: use --reset-then-reuse-values, or give your values once more" .) -}}
