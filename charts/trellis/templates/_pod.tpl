@@ -83,6 +83,7 @@ securityContext:
 envFrom:
   - configMapRef: {name: {{ include "trellis.fullname" .root }}}
 {{- with include "trellis.env" . | trim }}
+{{- include "trellis.once" (. | fromYamlArray) }}
 env:
   {{- . | nindent 2 }}
 {{- end }}
@@ -94,6 +95,17 @@ volumeMounts:
   {{- with .options.extraVolumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end }}
+
+{{/* Kubernetes takes a variable that is there twice from one who creates, and not from one who applies. (the list of env) */}}
+{{- define "trellis.once" -}}
+{{- $seen := dict -}}
+{{- range . -}}
+  {{- if hasKey $seen .name -}}
+    {{- fail (printf "the environment variable %s is there twice: leave it out of extraEnv, or have it once there" .name) -}}
+  {{- end -}}
+  {{- $_ := set $seen .name true -}}
+{{- end -}}
 {{- end }}
 
 {{- define "trellis.env" -}}
