@@ -100,6 +100,18 @@ helm unittest --strict --with-subchart=false charts/trellis charts/trellis/chart
 }
 say "helm unittest: $(grep '^Tests:' "$WORK/unittest" | tail -n 1)"
 
+# --- what PostgreSQL's start makes of a password that ends with a line feed: those that connect would send it, psql sets it without
+
+mkdir "$WORK/programs" "$WORK/passwords"
+printf '#!/bin/sh\n' | tee "$WORK/programs/pg_isready" "$WORK/programs/psql" >/dev/null
+chmod +x "$WORK"/programs/*
+for name in postgres migrate app temporal; do printf secret >"$WORK/passwords/$name-password"; done
+starts() { PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
+starts >"$WORK/starts" || { cat "$WORK/starts"; fail "PostgreSQL's start refuses passwords that are in order"; }
+echo secret >"$WORK/passwords/app-password"
+! starts >"$WORK/starts" || fail "PostgreSQL's start takes a password that ends with a line feed"
+say "$(cat "$WORK/starts")"
+
 # --- wrong values, as the documentation shows them
 
 "$WORK/tools/bin/python" "$here/wrong_values.py" charts/trellis/README.md || fail "a wrong value is not refused as documented"
