@@ -42,7 +42,9 @@ class Orders:
 
         async def one(number: int) -> None:
             order_id = self._order_id(number)
-            body = {"payment_id": f"{payment}-{order_id}", "review_timeout_seconds": window}
+            body: dict[str, Any] = {"payment_id": f"{payment}-{order_id}", "review_timeout_seconds": window}
+            if self._options.zip:
+                body["address"] = {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": self._options.zip}
             await self._call("POST", order_path(order_id, "/start"), body)
 
         await self._all(one)
@@ -50,18 +52,11 @@ class Orders:
 
     async def approve(self) -> None:
         """Approve them."""
-        began = time.monotonic()
+        await self._signal("approve", "approved")
 
-        async def one(number: int) -> None:
-            try:
-                await self._call("POST", order_path(self._order_id(number), "/signals/approve"))
-            except CallFailed as failed:
-                # The repeat of an approval whose answer was lost can find the order closed already.
-                if failed.code is not ExitCode.REFUSED or not self._repeated:
-                    raise
-
-        await self._all(one)
-        self._say("approved", began)
+    async def cancel(self) -> None:
+        """Cancel them."""
+        await self._signal("cancel", "told to be cancelled")
 
     async def wait(self) -> None:
         """Wait until every one of them is at the step."""
@@ -86,6 +81,20 @@ class Orders:
         self._say(wanted, began)
 
     # --- calls
+
+    async def _signal(self, signal: str, done: str) -> None:
+        began = time.monotonic()
+
+        async def one(number: int) -> None:
+            try:
+                await self._call("POST", order_path(self._order_id(number), f"/signals/{signal}"))
+            except CallFailed as failed:
+                # The repeat of a signal whose answer was lost can find the order closed already.
+                if failed.code is not ExitCode.REFUSED or not self._repeated:
+                    raise
+
+        await self._all(one)
+        self._say(done, began)
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         deadline = time.monotonic() + PATIENCE
@@ -139,13 +148,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", required=True)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("start", "approve", "wait"):
+    for name in ("start", "approve", "cancel", "wait"):
         command = commands.add_parser(name)
         command.add_argument("prefix")
         command.add_argument("last", type=int)
         command.add_argument("--first", type=int, default=1)
         if name == "start":
             command.add_argument("--payment", default="pay", help="what the payment's id begins with")
+            command.add_argument("--zip", default="", help="where the parcel goes; without it, it is picked up")
             command.add_argument("--review", type=int, default=1800, help="review window in seconds")
         if name == "wait":
             command.add_argument("--step", default="shipped")

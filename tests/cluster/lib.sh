@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the cases share. Sourced by tests/cluster/run, which sets WORK, PREFIX, RUN, CHART, IMAGE, NEXT, PYTHON
+# What the cases share. Sourced by tests/cluster/run, which sets WORK, PREFIX, RUN, CHART, IMAGE, PYTHON
 # and the repository's place.
 
 SUITE=cluster
@@ -44,25 +44,33 @@ evidence() { # what a namespace looks like at the moment of a failure
 # --- the product
 
 # The image, and requests for a small node; everything else is the chart's own.
+VALUES=$here/values.yaml
 install() { # install [HELM_ARGUMENT…]: the product as the release `trellis`, from nothing
   local began
   began=$(seconds)
-  helm install trellis "$CHART" --namespace "$NS" --values "$here/values.yaml" --set "image.repository=${IMAGE%:*},image.tag=${IMAGE##*:}" \
+  helm install trellis "$CHART" --namespace "$NS" --values "$VALUES" --set "image.repository=${IMAGE%:*},image.tag=${IMAGE##*:}" \
     --wait --timeout 8m "$@" >"$WORK/install.log" 2>&1 || {
     tail -n 20 "$WORK/install.log"
     fail "helm install in $NS"
   }
   say "helm install --wait: $(since "$began") s"
 }
-upgrade() { # upgrade IMAGE [HELM_ARGUMENT…]: to that image, with the values that are there
+upgrade() { # upgrade IMAGE [HELM_ARGUMENT…]: to that image and this chart, with the values that were given before
   local began
   began=$(seconds)
-  helm upgrade trellis "$CHART" --namespace "$NS" --reuse-values --set "image.repository=${1%:*},image.tag=${1##*:}" \
+  helm upgrade trellis "$CHART" --namespace "$NS" --reset-then-reuse-values --set "image.repository=${1%:*},image.tag=${1##*:}" \
     --wait --timeout 8m "${@:2}" >"$WORK/upgrade.log" 2>&1 || {
     tail -n 20 "$WORK/upgrade.log"
     fail "helm upgrade in $NS"
   }
   say "helm upgrade --wait: $(since "$began") s"
+}
+
+roll_back() { # to the revision before
+  local began
+  began=$(seconds)
+  helm rollback trellis --namespace "$NS" --wait --timeout 8m >"$WORK/rollback" 2>&1 || { cat "$WORK/rollback"; fail "helm rollback in $NS"; }
+  say "helm rollback --wait: $(since "$began") s"
 }
 
 shared() { # [HELM_ARGUMENT…]: the installation that several cases use: in a namespace that enforces Pod Security `restricted`

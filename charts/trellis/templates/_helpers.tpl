@@ -4,7 +4,22 @@
 {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
+{{/* With `--reuse-values`, Helm leaves out what an older chart did not have, and the templates would end in "nil pointer". */}}
+{{- define "trellis.complete" -}}
+{{- $values := .Values -}}
+{{- range list "global.trellis" "production" "sandbox" "orders" "api.exposure" "api.allowedHosts" "partners.payment.tls" "partners.carrier.tls" -}}
+  {{- $found := $values -}}
+  {{- range splitList "." . -}}
+    {{- $found = index ($found | default dict) . -}}
+  {{- end -}}
+  {{- if kindIs "invalid" $found -}}
+    {{- fail (printf "the value %s is missing, as after an upgrade with --reuse-values from a chart that did not have it: use --reset-then-reuse-values, or give your values once more" .) -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "trellis.fullname" -}}
+{{- include "trellis.complete" . -}}
 {{- $name := include "trellis.name" . -}}
 {{- if .Values.fullnameOverride -}}
 {{ .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
@@ -47,6 +62,18 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 
 {{- define "trellis.serviceAccountName" -}}
 {{ .Values.serviceAccount.name | default (include "trellis.fullname" .) }}
+{{- end }}
+
+{{/* Seconds as people say them. */}}
+{{- define "trellis.duration" -}}
+{{- $seconds := int64 . -}}
+{{- if eq (mod $seconds 3600) 0 -}}
+{{ div $seconds 3600 }} h
+{{- else if eq (mod $seconds 60) 0 -}}
+{{ div $seconds 60 }} min
+{{- else -}}
+{{ $seconds }} s
+{{- end -}}
 {{- end }}
 
 {{/* A worker with what it shares with the others, as JSON. (dict "root" $ "worker" {…}) */}}

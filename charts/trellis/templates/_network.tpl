@@ -72,6 +72,16 @@ spec:
 {{ regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) }}
 {{- end }}
 
+{{/* The names under which the API answers: those that are given, the Service's for other pods, and those of probes and port-forwards. */}}
+{{- define "trellis.allowedHosts" -}}
+{{- $service := printf "%s-api" (include "trellis.fullname" .) -}}
+{{- $names := list "localhost" $service -}}
+{{- range list .Release.Namespace (printf "%s.svc" .Release.Namespace) (printf "%s.svc.cluster.local" .Release.Namespace) -}}
+{{- $names = append $names (printf "%s.%s" $service .) -}}
+{{- end -}}
+{{ concat .Values.api.allowedHosts $names | uniq | join "," }}
+{{- end }}
+
 {{/* Who may read metrics: as a list of one ingress rule, or none. */}}
 {{- define "trellis.metricsIngress" -}}
 {{- with .Values.global.networkPolicy.metricsFrom }}

@@ -5,6 +5,7 @@
      labels     more labels, optional
      postgresql "app", "migrate", or nothing: no PostgreSQL
      temporal   true: Temporal
+     partners   true: the payment provider and the carrier, so their credentials
      serves     true: runs as replicas and has metrics */}}
 
 {{- define "trellis.podMetadata" -}}
@@ -82,6 +83,7 @@ securityContext:
 envFrom:
   - configMapRef: {name: {{ include "trellis.fullname" .root }}}
 {{- with include "trellis.env" . | trim }}
+{{- include "trellis.once" (. | fromYamlArray) }}
 env:
   {{- . | nindent 2 }}
 {{- end }}
@@ -95,6 +97,17 @@ volumeMounts:
   {{- end }}
 {{- end }}
 
+{{/* Kubernetes takes a variable that is there twice from one who creates, and not from one who applies. (the list of env) */}}
+{{- define "trellis.once" -}}
+{{- $seen := dict -}}
+{{- range . -}}
+  {{- if hasKey $seen .name -}}
+    {{- fail (printf "the environment variable %s is there twice: leave it out of extraEnv, or have it once there" .name) -}}
+  {{- end -}}
+  {{- $_ := set $seen .name true -}}
+{{- end -}}
+{{- end }}
+
 {{- define "trellis.env" -}}
 {{- $v := .root.Values -}}
 {{- with .postgresql }}
@@ -103,6 +116,9 @@ volumeMounts:
 {{- if and .temporal (include "trellis.apiKeySecret" .root) }}
 - name: TRELLIS_TEMPORAL_API_KEY
   valueFrom: {secretKeyRef: {name: {{ include "trellis.apiKeySecret" .root }}, key: {{ $v.temporalClient.apiKey.key }}}}
+{{- end }}
+{{- if .partners }}
+{{- include "trellis.partnersEnv" $v.partners | nindent 0 }}
 {{- end }}
 {{- if $v.otel.endpoint }}
 {{- with $v.otel.headersSecret }}
@@ -130,17 +146,27 @@ volumeMounts:
   sources:
     - secret: {name: {{ $database.caSecret }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
 {{- end }}
-{{- with .root.Values.temporalClient.tls }}
-{{- if and $.temporal (or .caSecret .certSecret) }}
-- name: temporal
+{{- if .temporal }}
+{{- include "trellis.tlsVolume" (list "temporal" .root.Values.temporalClient.tls) }}
+{{- end }}
+{{- if .partners }}
+{{- include "trellis.tlsVolume" (list "payment" .root.Values.partners.payment.tls) }}
+{{- include "trellis.tlsVolume" (list "carrier" .root.Values.partners.carrier.tls) }}
+{{- end }}
+{{- end }}
+
+{{/* A CA and a client's certificate in one volume. (list NAME TLS) */}}
+{{- define "trellis.tlsVolume" -}}
+{{- $tls := last . -}}
+{{- if or $tls.caSecret $tls.certSecret }}
+- name: {{ first . }}
   sources:
-    {{- with .caSecret }}
-    - secret: {name: {{ . }}, items: [{key: {{ $.root.Values.temporalClient.tls.caKey }}, path: ca.crt}]}
+    {{- with $tls.caSecret }}
+    - secret: {name: {{ . }}, items: [{key: {{ $tls.caKey }}, path: ca.crt}]}
     {{- end }}
-    {{- with .certSecret }}
+    {{- with $tls.certSecret }}
     - secret: {name: {{ . }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
     {{- end }}
-{{- end }}
 {{- end }}
 {{- end }}
 

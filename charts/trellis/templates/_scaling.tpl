@@ -11,6 +11,11 @@
 {{- end -}}
 {{- end }}
 
+{{/* As Kubernetes takes it, which knows no numbers where all pods go at once. (the strategy) */}}
+{{- define "trellis.strategy" -}}
+{{ ternary (dict "type" "Recreate") . (eq (.type | default "") "Recreate") | toYaml }}
+{{- end }}
+
 {{/* (dict "root" $ "component" … "labels" … "name" … "autoscaling" {…}) */}}
 {{- define "trellis.hpa" -}}
 apiVersion: autoscaling/v2

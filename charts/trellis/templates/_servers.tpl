@@ -1,4 +1,4 @@
-{{/* Where PostgreSQL and Temporal are, and which Secrets open them. */}}
+{{/* Where PostgreSQL, Temporal and the partners are, and which Secrets open them. */}}
 
 {{- define "trellis.databaseHost" -}}
 {{ .Values.database.host | default (printf "%s-postgresql" .Release.Name) }}
@@ -18,8 +18,14 @@
 {{- if .Values.database.password -}}
 {{ include "trellis.fullname" . }}-database
 {{- else -}}
-{{ .Values.database.existingSecret | default (printf "%s-postgresql" .Release.Name) }}
+{{ .Values.database.existingSecret | default (include "trellis.bundledSecret" .) }}
 {{- end -}}
+{{- end }}
+
+{{/* That of the chart's PostgreSQL. */}}
+{{- define "trellis.bundledSecret" -}}
+{{- $own := tpl (dig "auth" "existingSecret" "" .Values.postgresql) . -}}
+{{ $own | default (tpl .Values.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) }}
 {{- end }}
 
 {{- define "trellis.migrationSecret" -}}
@@ -52,15 +58,60 @@
   {{- if $url }}
   valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $url }}}}
   {{- else }}
-  value: postgresql://{{ $own.user | urlquery | replace "+" "%20" }}@{{ include "trellis.databaseHost" .root }}:{{ $database.port }}/{{ $database.name | urlquery | replace "+" "%20" }}
-# Not in the URL, where a password would have to be escaped; asyncpg and libpq read these.
+  value: postgresql://{{ $own.user | urlquery | replace "+" "%20" }}@{{ include "trellis.databaseHost" .root }}:{{ $database.port }}/{{ $database.name | urlquery | replace "+" "%20" }}?sslmode={{ include "trellis.sslMode" .root }}{{ with include "trellis.sslRootCert" .root }}&sslrootcert={{ . }}{{ end }}
+# Not in the URL, where a password would have to be escaped; asyncpg and libpq read it.
 - name: PGPASSWORD
   valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $own.passwordKey }}}}
   {{- end }}
-{{- with $database.sslMode | default (ternary "verify-full" "" (ne $database.caSecret "")) }}
-- {name: PGSSLMODE, value: {{ . }}}
+{{- if $url }}
+# Where the URL says nothing of it.
+- {name: PGSSLMODE, value: {{ include "trellis.sslMode" .root }}}
+{{- with include "trellis.sslRootCert" .root }}
+- {name: PGSSLROOTCERT, value: {{ . }}}
 {{- end }}
-{{- if $database.caSecret }}
-- {name: PGSSLROOTCERT, value: /etc/trellis/postgresql/{{ $database.caKey }}}
+{{- end }}
+{{- end }}
+
+{{- define "trellis.sslMode" -}}
+{{ .Values.database.sslMode | default (ternary "disable" "verify-full" .Values.postgresql.enabled) }}
+{{- end }}
+
+{{/* Where a certificate is checked: by the CA that is given, else by those of the image. Neither driver has a default that is there. */}}
+{{- define "trellis.sslRootCert" -}}
+{{- if .Values.database.caSecret -}}
+/etc/trellis/postgresql/{{ .Values.database.caKey }}
+{{- else if hasPrefix "verify-" (include "trellis.sslMode" .) -}}
+/etc/ssl/certs/ca-certificates.crt
+{{- end -}}
+{{- end }}
+
+{{/* Names of the partners that the sandbox stands for, as a list. */}}
+{{- define "trellis.sandboxed" -}}
+{{- $names := list -}}
+{{- with .Values.partners -}}
+{{- if not .payment.url -}}{{- $names = append $names "the payment provider" -}}{{- end -}}
+{{- if not .carrier.url -}}{{- $names = append $names "the carrier" -}}{{- end -}}
+{{- end -}}
+{{ toJson $names }}
+{{- end }}
+
+{{/* Credentials for the partners, and where they are mounted. (.Values.partners) */}}
+{{- define "trellis.partnersEnv" -}}
+{{- $partners := . -}}
+{{- range $name := list "payment" "carrier" }}
+{{- $variable := printf "TRELLIS_%s" (upper $name) }}
+{{- with get $partners $name }}
+{{- if .existingSecret }}
+- name: {{ $variable }}_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .tokenKey }}}}
+{{- end }}
+{{- if .tls.caSecret }}
+- {name: {{ $variable }}_TLS_CA, value: /etc/trellis/{{ $name }}/ca.crt}
+{{- end }}
+{{- if .tls.certSecret }}
+- {name: {{ $variable }}_TLS_CERT, value: /etc/trellis/{{ $name }}/tls.crt}
+- {name: {{ $variable }}_TLS_KEY, value: /etc/trellis/{{ $name }}/tls.key}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

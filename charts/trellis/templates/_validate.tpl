@@ -1,9 +1,82 @@
 {{/* What values.schema.json cannot say, or not in words that help. All faults at once. */}}
 {{- define "trellis.validate" -}}
-{{- $faults := concat (include "trellis.faults.servers" . | fromJsonArray) (include "trellis.faults.workers" . | fromJsonArray) (include "trellis.faults.rest" . | fromJsonArray) -}}
+{{- include "trellis.complete" . -}}
+{{- $faults := list -}}
+{{- range list "partners" "servers" "bundled" "workers" "exposure" "rest" -}}
+{{- $faults = concat $faults (include (print "trellis.faults." .) $ | fromJsonArray) -}}
+{{- end -}}
 {{- if $faults }}
 {{- fail (printf "these values do not work:\n- %s\n" (join "\n- " $faults)) }}
 {{- end }}
+{{- end }}
+
+{{- define "trellis.faults.partners" -}}
+{{- $faults := list -}}
+{{- $partners := .Values.partners -}}
+{{- $missing := list -}}
+{{- range $name := list "payment" "carrier" -}}
+  {{- $url := (get $partners $name).url -}}
+  {{- if not $url -}}
+    {{- $missing = append $missing (printf "partners.%s.url" $name) -}}
+  {{- else if and (eq (urlParse $url).scheme "http") (not (has (urlParse $url).hostname (list "localhost" "127.0.0.1"))) (not $partners.allowHttp) -}}
+    {{- $faults = append $faults (printf "partners.%s.url is http, and whoever is on the way could read tokens and addresses: set it to https://…, or partners.allowHttp=true" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and $missing (not .Values.sandbox.enabled) -}}
+  {{- $one := eq (len $missing) 1 -}}
+  {{- $faults = append $faults (printf "%s %s empty: set %s, or sandbox.enabled=true for the built-in sandbox, where no money moves and no parcel leaves" (join " and " $missing) (ternary "is" "are" $one) (ternary "it" "both" $one)) -}}
+{{- end -}}
+{{- if or .Values.production (lt (len $missing) 2) -}}
+  {{- $why := ternary "production=true" "a partner's URL is set" .Values.production -}}
+  {{- if not (hasKey .Values.settings "review_timeout_seconds") -}}
+    {{- $faults = append $faults (printf "settings.review_timeout_seconds is not set, and %s: a demonstration's 10 seconds are over before anybody has read an order; set it to the seconds a review may take, such as 86400 for a day" $why) -}}
+  {{- end -}}
+  {{- if or .Values.settings.failpoints .Values.settings.failpoints_allowed -}}
+    {{- $faults = append $faults (printf "settings.failpoints breaks orders on purpose, and %s: leave it and settings.failpoints_allowed out" $why) -}}
+  {{- end -}}
+{{- else if and .Values.settings.failpoints (not .Values.settings.failpoints_allowed) -}}
+  {{- $faults = append $faults "settings.failpoints breaks orders on purpose: set settings.failpoints_allowed=true as well, if that is what you want" -}}
+{{- end -}}
+{{- $places := dict "podDefaults" .Values.podDefaults "api" .Values.api "workerDefaults" .Values.workerDefaults -}}
+{{- range $key, $worker := .Values.workers -}}
+  {{- $_ := set $places (printf "workers.%s" $key) ($worker | default dict) -}}
+{{- end -}}
+{{- range $place, $options := $places -}}
+  {{- range $options.extraEnv -}}
+    {{- if hasPrefix "TRELLIS_FAILPOINTS" .name -}}
+      {{- $faults = append $faults (printf "%s.extraEnv has %s: set settings.%s instead" $place .name (.name | trimPrefix "TRELLIS_" | lower)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if and .Values.sandbox.enabled $missing .Values.postgresql.enabled (not (dig "sandbox" "enabled" true .Values.postgresql)) -}}
+  {{- $faults = append $faults "postgresql.sandbox.enabled is false, and the sandbox has nowhere to keep its books: set it to true" -}}
+{{- end -}}
+{{ toJson $faults }}
+{{- end }}
+
+{{/* What lets others than the release's own pods in: by which way, over TLS or not, and who is asked. */}}
+{{- define "trellis.faults.exposure" -}}
+{{- $faults := list -}}
+{{- with .Values.api -}}
+{{- $ways := list -}}
+{{- if .ingress.enabled -}}{{- $ways = append $ways "api.ingress.enabled" -}}{{- end -}}
+{{- if .httpRoute.enabled -}}{{- $ways = append $ways "api.httpRoute.enabled" -}}{{- end -}}
+{{- if ne .service.type "ClusterIP" -}}{{- $ways = append $ways (printf "api.service.type=%s" .service.type) -}}{{- end -}}
+{{- if $ways -}}
+  {{- $open := join " and " $ways -}}
+  {{- $covered := and .ingress.enabled .ingress.tls (eq (len $ways) 1) -}}
+  {{- if not (or .exposure.tls $covered) -}}
+    {{- $faults = append $faults (printf "%s, and nothing says where TLS ends: set %sapi.exposure.tls to elsewhere where a gateway, load balancer or proxy has the certificate, or to none for calls in clear" $open (ternary "api.ingress.tls, or " "" .ingress.enabled)) -}}
+  {{- end -}}
+  {{- if not .exposure.authentication -}}
+    {{- $faults = append $faults (printf "%s, and the API has no login, so whoever reaches it may approve and cancel orders: set api.exposure.authentication to proxy if one checks the callers, to network if only trusted networks reach it, or to none" $open) -}}
+  {{- end -}}
+  {{- if and $.Values.global.networkPolicy.enabled (not $.Values.networkPolicy.apiFrom) -}}
+    {{- $faults = append $faults (printf "%s, and the NetworkPolicy lets in the release's own pods alone: set networkPolicy.apiFrom to who may call, such as the namespace of the Ingress controller, or an ipBlock" $open) -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+{{ toJson $faults }}
 {{- end }}
 
 {{- define "trellis.faults.servers" -}}
@@ -40,6 +113,59 @@
 {{- if and .temporalClient.apiKey.value .temporalClient.apiKey.existingSecret -}}
   {{- $faults = append $faults "temporalClient.apiKey.value and .existingSecret are both set: set one" -}}
 {{- end -}}
+{{- end -}}
+{{ toJson $faults }}
+{{- end }}
+
+{{/* What the servers of this chart do not have, and what has to be said of them once. */}}
+{{- define "trellis.faults.bundled" -}}
+{{- $faults := list -}}
+{{- $v := .Values -}}
+{{- $instead := "leave it out, or set postgresql.enabled=false for a PostgreSQL of your own" -}}
+{{- if $v.postgresql.enabled -}}
+  {{- if or $v.database.password $v.migration.password -}}
+    {{- $faults = append $faults (printf "database.password and migration.password are not those of this chart's PostgreSQL, which has its own in a Secret: %s" $instead) -}}
+  {{- end -}}
+  {{- range $name := list "database" "migration" -}}
+    {{- with (get $v $name).existingSecret -}}
+      {{- if ne . (include "trellis.bundledSecret" $) -}}
+        {{- $faults = append $faults (printf "%s.existingSecret is %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret=%s for all, or postgresql.enabled=false" $name . (include "trellis.bundledSecret" $) .) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range list (list "database.name" $v.database.name (list "trellis")) (list "database.user" $v.database.user (list "trellis_app" "trellis_migrate")) (list "migration.user" $v.migration.user (list "trellis_migrate")) (list "database.port" (toString $v.database.port) (list "5432")) (list "database.sslMode" $v.database.sslMode (list "" "disable" "allow" "prefer")) (list "database.caSecret" $v.database.caSecret (list "")) (list "database.urlKey" $v.database.urlKey (list "")) (list "migration.urlKey" $v.migration.urlKey (list "")) -}}
+    {{- if not (has (index . 1) (last .)) -}}
+      {{- $faults = append $faults (printf "%s is %v, and this chart's PostgreSQL has no such thing: %s" (first .) (index . 1) $instead) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if $v.temporal.enabled -}}
+  {{- $names := list -}}
+  {{- range $v.temporal.namespaces | default (list (dict "name" "default")) -}}
+    {{- $names = append $names .name -}}
+  {{- end -}}
+  {{- if not (has $v.temporalClient.namespace $names) -}}
+    {{- $faults = append $faults (printf "temporalClient.namespace is %s, and this chart's Temporal has %s: set temporal.namespaces to [{name: %s, retention: 168h}]" $v.temporalClient.namespace (join ", " $names) $v.temporalClient.namespace) -}}
+  {{- end -}}
+  {{- if include "trellis.temporalTls" . | eq "true" -}}
+    {{- $faults = append $faults "temporalClient.tls or temporalClient.apiKey is set, and this chart's Temporal has neither TLS nor keys: leave them out, or set temporal.enabled=false for a Temporal of your own" -}}
+  {{- end -}}
+  {{- $own := tpl (dig "database" "existingSecret" "" $v.temporal) . -}}
+  {{- if and $v.postgresql.enabled (eq (dig "database" "host" "" $v.temporal) "{{ .Release.Name }}-postgresql") -}}
+    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) -}}
+    {{- if ne $secret (include "trellis.bundledSecret" .) -}}
+      {{- $faults = append $faults (printf "Temporal opens its database with the Secret %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret for both, and neither postgresql.auth.existingSecret nor temporal.database.existingSecret" $secret (include "trellis.bundledSecret" .)) -}}
+    {{- end -}}
+    {{- range list (list "port" "5432") (list "user" "temporal") (list "name" "temporal") (list "visibilityName" "temporal_visibility") (list "existingSecretKey" "temporal-password") -}}
+      {{- $value := dig "database" (first .) (last .) $v.temporal | toString -}}
+      {{- if ne $value (last .) -}}
+        {{- $faults = append $faults (printf "temporal.database.%s is %s, and this chart's PostgreSQL has %s: leave it out, or set temporal.database.host for a PostgreSQL of your own" (first .) $value (last .)) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if dig "database" "tls" "enabled" false $v.temporal -}}
+      {{- $faults = append $faults "temporal.database.tls.enabled is true, and this chart's PostgreSQL has no TLS: leave it out, or set temporal.database.host for a PostgreSQL of your own" -}}
+    {{- end -}}
+  {{- end -}}
 {{- end -}}
 {{ toJson $faults }}
 {{- end }}
@@ -100,6 +226,19 @@
   "max_concurrent_workflow_tasks" "workerDefaults.slots.workflowTasks"
   "max_cached_workflows" "workerDefaults.cachedWorkflows"
   "graceful_shutdown_timeout" "workerDefaults.gracefulShutdownSeconds"
+  "sandbox" "sandbox.enabled"
+  "demo_price" "orders.demoPrice"
+  "address_after_review" "orders.addressAfterReview"
+  "allowed_hosts" "api.allowedHosts"
+  "partners_allow_http" "partners.allowHttp"
+  "payment_token" "partners.payment.existingSecret"
+  "payment_tls_ca" "partners.payment.tls.caSecret"
+  "payment_tls_cert" "partners.payment.tls.certSecret"
+  "payment_tls_key" "partners.payment.tls.certSecret"
+  "carrier_token" "partners.carrier.existingSecret"
+  "carrier_tls_ca" "partners.carrier.tls.caSecret"
+  "carrier_tls_cert" "partners.carrier.tls.certSecret"
+  "carrier_tls_key" "partners.carrier.tls.certSecret"
   "payment_url" "partners.payment.url"
   "carrier_url" "partners.carrier.url" -}}
 {{- range $name, $_ := .settings -}}

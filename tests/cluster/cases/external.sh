@@ -13,7 +13,7 @@ clients() { # who may call those servers: Temporal its database, and the product
 began=$(seconds)
 helm install data "$CHART/charts/postgresql" --namespace "$servers" --set-json "$(clients)" >/dev/null || fail "helm install of PostgreSQL"
 helm install flow "$CHART/charts/temporal" --namespace "$servers" --set-json "$(clients)" \
-  --set database.host=data-postgresql,database.existingSecret=data-postgresql --wait --timeout 8m >"$WORK/servers" 2>&1 ||
+  --set database.host=data-postgresql,database.existingSecret=data-postgresql,database.tls.enabled=false --wait --timeout 8m >"$WORK/servers" 2>&1 ||
   { cat "$WORK/servers"; fail "helm install of Temporal"; }
 say "PostgreSQL and Temporal as releases of their own: $(since "$began") s"
 
@@ -27,7 +27,7 @@ install --values charts/trellis/values-external.yaml \
   --set "database.host=data-postgresql.$servers.svc,database.sslMode=disable,database.caSecret=" \
   --set "temporalClient.address=flow-temporal-frontend.$servers.svc:7233,temporalClient.namespace=default" \
   --set temporalClient.tls.enabled=false,temporalClient.apiKey.existingSecret= \
-  --set partners.payment.url=,partners.carrier.url= \
+  --set partners.payment.url=,partners.payment.existingSecret=,partners.carrier.url=,partners.carrier.existingSecret= \
   --set-json "networkPolicy={\"postgresqlTo\": [{\"namespaceSelector\": {\"matchLabels\": {\"kubernetes.io/metadata.name\": \"$servers\"}}}],
     \"temporalTo\": [{\"namespaceSelector\": {\"matchLabels\": {\"kubernetes.io/metadata.name\": \"$servers\"}}}]}"
 equal "$(k get pods --selector 'app.kubernetes.io/name in (postgresql, temporal)' --output name)" '' "servers beside the product"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Who reaches what: the same program in pods that differ by their labels only.
+# Who reaches what: the same program in pods that differ by their labels and namespaces only.
 
 shared
 product=$NS
@@ -58,7 +58,7 @@ api=trellis-api.$product:8000
 all=("$api" "${services[@]}" "${metrics[@]}")
 
 worker='app.kubernetes.io/name: trellis, app.kubernetes.io/instance: trellis, app.kubernetes.io/component: worker'
-nobody="open closed closed closed closed closed"
+nobody="closed closed closed closed closed closed"
 
 namespace outside
 # First of all whether anything is enforced on this cluster: a policy of ours lets nothing out of this namespace.
@@ -75,8 +75,21 @@ if ! (told shut-in closed "a pod that our own policy lets nothing out of, to the
   return 0
 fi
 told stranger "$nobody" "a stranger of another namespace, to API, PostgreSQL, Temporal, three metrics"
-told prometheus "open closed closed open open open" "Prometheus there"
+told prometheus "$nobody" "what calls itself Prometheus there"
 told impostor "$nobody" "a worker's labels in another namespace"
+
+# By its name, which is what the chart's default goes by; another one's is left alone.
+NS=observability made=''
+if namespace_gone "$NS"; then
+  made=$NS
+  kubectl create namespace "$NS" >/dev/null
+  kubectl label namespace "$NS" "trellis.dev/test=$PREFIX" >/dev/null
+fi
+ask "$PREFIX-prometheus" 'app.kubernetes.io/name: prometheus' "${all[@]}"
+ask "$PREFIX-stranger" 'app: stranger' "${all[@]}"
+told "$PREFIX-prometheus" "closed closed closed open open open" "Prometheus in the namespace observability"
+told "$PREFIX-stranger" "$nobody" "a stranger in the namespace observability"
+[ -z "$made" ] || remove_namespace "$made"
 
 NS=$product
 ask stranger 'app: stranger' "${all[@]}"

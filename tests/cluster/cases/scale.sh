@@ -43,4 +43,4 @@ k get events --field-selector reason=SuccessfulRescale --output custom-columns=M
 equal "$(sql "SELECT count(*) FROM events WHERE type = 'attempt_failed' AND (order_id LIKE 'scale-$RUN-%' OR order_id LIKE 'demo-%')
   AND ts > '$since_now' AND payload_json::text !~ 'PaymentDeclined|flaky'")" 0 "attempts that failed"
 books_clean
-helm rollback trellis --namespace "$NS" --wait --timeout 8m >"$WORK/rollback" 2>&1 || { cat "$WORK/rollback"; fail "helm rollback"; }
+roll_back

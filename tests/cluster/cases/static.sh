@@ -39,13 +39,22 @@ fi
 
 # --- every values file
 
-values=("" "$here/values-everything.yaml")
-for file in charts/trellis/values-*.yaml; do values+=("$file"); done
-for file in "${values[@]}"; do
-  name=$(basename "${file:-values.yaml}")
+declare -A with=( # what a file is used together with
+  [values.yaml]="--set sandbox.enabled=true"
+  [values-everything.yaml]="--values $here/values-everything.yaml"
+  [values-dev.yaml]="--values charts/trellis/values-dev.yaml"
+  [values-dev-reload.yaml]="--values charts/trellis/values-dev.yaml --values charts/trellis/values-dev-reload.yaml"
+  [values-external.yaml]="--values charts/trellis/values-external.yaml"
+  [values-production.yaml]="--values charts/trellis/values-production.yaml --values charts/trellis/values-external.yaml"
+)
+for file in charts/trellis/values*.yaml; do
+  [ -n "${with[$(basename "$file")]:-}" ] || fail "nothing says what $file is used with"
+done
+for name in "${!with[@]}"; do
+  read -r -a arguments <<<"${with[$name]}"
   rendered=$WORK/$name
-  helm lint --strict --quiet charts/trellis ${file:+--values "$file"} || fail "helm lint with $name"
-  helm template trellis charts/trellis --namespace test --kube-version 1.34.0 ${file:+--values "$file"} \
+  helm lint --strict --quiet charts/trellis "${arguments[@]}" || fail "helm lint with $name"
+  helm template trellis charts/trellis --namespace test --kube-version 1.34.0 "${arguments[@]}" \
     >"$rendered" || fail "helm template with $name"
   kubeconform -strict -summary -kubernetes-version 1.34.0 "${schemas[@]}" "${custom[@]}" "$rendered" >"$WORK/conform" || {
     cat "$WORK/conform"
@@ -59,6 +68,11 @@ done
 for kind in HorizontalPodAutoscaler ScaledObject HTTPRoute Ingress PodMonitor PrometheusRule PodDisruptionBudget NetworkPolicy CronJob; do
   grep -q "^kind: $kind$" "$WORK/values-everything.yaml" || fail "values-everything.yaml turns on no $kind"
 done
+# A Job cannot be changed: its name stays when what it runs stays, and else is another.
+jobs() { helm template trellis charts/trellis --set sandbox.enabled=true "$@" | grep -A 2 '^kind: Job$' | sed -n 's/^  name: //p' | sort; }
+[ "$(jobs)" = "$(jobs --set api.replicas=3)" ] || fail "other Jobs, although they run the same"
+[ -z "$(comm -12 <(jobs) <(jobs --set image.tag=other --set temporal.server.image.tag=other))" ] || fail "a Job is named as before, although it runs another image"
+say "Jobs: $(jobs | wc -l), named by what they run"
 for chart in charts/trellis/charts/*; do
   helm lint --strict --quiet "$chart" || fail "helm lint of $chart"
 done
@@ -85,6 +99,18 @@ helm unittest --strict --with-subchart=false charts/trellis charts/trellis/chart
   fail "helm unittest"
 }
 say "helm unittest: $(grep '^Tests:' "$WORK/unittest" | tail -n 1)"
+
+# --- what PostgreSQL's start makes of a password that ends with a line feed: those that connect would send it, psql sets it without
+
+mkdir "$WORK/programs" "$WORK/passwords"
+printf '#!/bin/sh\n' | tee "$WORK/programs/pg_isready" "$WORK/programs/psql" >/dev/null
+chmod +x "$WORK"/programs/*
+for name in postgres migrate app temporal; do printf secret >"$WORK/passwords/$name-password"; done
+starts() { PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
+starts >"$WORK/starts" || { cat "$WORK/starts"; fail "PostgreSQL's start refuses passwords that are in order"; }
+echo secret >"$WORK/passwords/app-password"
+! starts >"$WORK/starts" || fail "PostgreSQL's start takes a password that ends with a line feed"
+say "$(cat "$WORK/starts")"
 
 # --- wrong values, as the documentation shows them
 

@@ -2,6 +2,7 @@
 # Worker versioning: the image's build id is promoted when its workers poll; orders parked across an upgrade and a rollback
 # all close, moved over to the workers that are current.
 
+next_image
 namespace versioning
 install --set workerVersioning.enabled=true
 forward
@@ -20,7 +21,7 @@ until_true 120 "$NEXT is not promoted: $(current)" promoted "$NEXT"
 say "current: $(current)"
 orders approve ver-parked 10
 orders wait ver-parked 10
-helm rollback trellis --namespace "$NS" --wait --timeout 8m >"$WORK/rollback" 2>&1 || { cat "$WORK/rollback"; fail "helm rollback"; }
+roll_back
 until_true 120 "$IMAGE is not promoted again: $(current)" promoted "$IMAGE"
 say "current: $(current)"
 orders approve ver-parked 30 --first 11

@@ -21,7 +21,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{- define "postgresql.secretName" -}}
-{{ tpl .Values.auth.existingSecret . | default (include "postgresql.fullname" .) }}
+{{ include "postgresql.givenSecret" . | default (include "postgresql.fullname" .) }}
+{{- end }}
+
+{{- define "postgresql.givenSecret" -}}
+{{ tpl .Values.auth.existingSecret . | default (tpl .Values.global.trellis.postgresqlSecret .) }}
 {{- end }}
 
 {{- define "postgresql.image" -}}

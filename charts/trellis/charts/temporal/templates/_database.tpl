@@ -6,7 +6,7 @@
 - {name: DB_PORT, value: {{ $db.port | quote }}}
 - {name: POSTGRES_USER, value: {{ $db.user | quote }}}
 - name: POSTGRES_PWD
-  valueFrom: {secretKeyRef: {name: {{ tpl $db.existingSecret . }}, key: {{ $db.existingSecretKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
 - {name: DBNAME, value: {{ $db.name | quote }}}
 - {name: VISIBILITY_DBNAME, value: {{ $db.visibilityName | quote }}}
 - {name: SQL_MAX_CONNS, value: {{ $db.maxConnections | quote }}}
@@ -34,7 +34,7 @@
 - {name: SQL_PORT, value: {{ $db.port | quote }}}
 - {name: SQL_USER, value: {{ $db.user | quote }}}
 - name: SQL_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ tpl $db.existingSecret . }}, key: {{ $db.existingSecretKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
 - {name: DATABASE, value: {{ $db.name | quote }}}
 - {name: VISIBILITY_DATABASE, value: {{ $db.visibilityName | quote }}}
 {{- if $db.tls.enabled }}
@@ -72,4 +72,10 @@
   secret: {secretName: {{ .certSecret }}, defaultMode: 0440}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* One of its own, or that of the release's PostgreSQL. */}}
+{{- define "temporal.databaseSecret" -}}
+{{- $release := tpl .Values.global.trellis.postgresqlSecret . | default (printf "%s-postgresql" .Release.Name) -}}
+{{ tpl .Values.database.existingSecret . | default $release }}
 {{- end }}
