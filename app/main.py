@@ -65,6 +65,7 @@ def __getattr__(name: str) -> Any:
     if name == "app":
         try:
             settings = load()
+            settings.require_partners()
         except SettingsError as error:
             sys.exit(f"trellis: {error}")
         configure_logging(settings)

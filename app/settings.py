@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import TrellisError
@@ -102,8 +102,15 @@ class Settings(BaseSettings):
     )
 
     # Partners
-    payment_url: str | None = Field(None, description="Payment provider; unset: the built-in sandbox.")
-    carrier_url: str | None = Field(None, description="Carrier; unset: the built-in sandbox.")
+    payment_url: str | None = Field(
+        None, description="Payment provider. Needed, unless `TRELLIS_SANDBOX` allows the built-in sandbox."
+    )
+    carrier_url: str | None = Field(None, description="Carrier. Needed, unless `TRELLIS_SANDBOX` allows the sandbox.")
+    sandbox: bool = Field(
+        False,
+        description="Use the built-in sandbox for a partner without a URL. To try things out: no money moves, and no "
+        "parcel leaves.",
+    )
     partner_timeout: PositiveFloat = Field(
         10.0, le=15, description="Seconds to wait for a partner's answer; at most 15, see `app/policies.py`."
     )
@@ -128,6 +135,11 @@ class Settings(BaseSettings):
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
 
+    @field_validator("payment_url", "carrier_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, url: object) -> object:
+        return url or None
+
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:
         given, build = self.temporal_deployment_name, self.temporal_worker_build_id
@@ -135,6 +147,19 @@ class Settings(BaseSettings):
             missing = "TEMPORAL_WORKER_BUILD_ID" if build is None else "TEMPORAL_DEPLOYMENT_NAME"
             raise ValueError(f"{missing} is not set, and the other one is: set both for versioned workers, or neither")
         return self
+
+    def require_partners(self) -> None:
+        """Make sure that each partner was chosen: by its URL, or the sandbox by a setting of its own.
+
+        Raises:
+            SettingsError: one was not; the message names the variables.
+        """
+        missing = [variable(name) for name in ("payment_url", "carrier_url") if getattr(self, name) is None]
+        if missing and not self.sandbox:
+            raise SettingsError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; to try Trellis without real "
+                f"partners, set {variable('sandbox')}=true: no money moves then, and no parcel leaves"
+            )
 
 
 def variable(name: str) -> str:
