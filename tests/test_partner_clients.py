@@ -56,7 +56,7 @@ async def test_without_partners_a_serving_process_ends_and_names_the_variables(c
 
 
 async def test_without_partners_no_command_opens_them() -> None:
-    with pytest.raises(SettingsError, match="TRELLIS_PAYMENT_URL and TRELLIS_CARRIER_URL are not set; .*_SANDBOX=true"):
+    with pytest.raises(SettingsError, match=r"TRELLIS_PAYMENT_URL and TRELLIS_CARRIER_URL are not set; .*_SANDBOX=true"):
         async with open_services(Settings()):
             pass
 
