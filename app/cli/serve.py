@@ -69,7 +69,11 @@ def _settings(*, partners: bool = False) -> Settings:
     settings = load()
     configure_logging(settings)
     if partners:
+        # First what needs no imports, as it is what most often ends here.
         settings.require_partners()
+        from app.partners import check
+
+        check(settings)
     return settings
 
 
