@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from app import worker
+from app import partners, worker
 from app.http import create_app
 from app.order.worker import order_worker
 from app.settings import SettingsError, load
@@ -65,6 +65,7 @@ def __getattr__(name: str) -> Any:
     if name == "app":
         try:
             settings = load()
+            partners.check(settings)
         except SettingsError as error:
             sys.exit(f"trellis: {error}")
         configure_logging(settings)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import prometheus_client
 from opentelemetry import trace
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
 from app import errors
@@ -99,6 +99,12 @@ QUERY_DURATION: Final = Histogram(
     "Time PostgreSQL took for a statement.",
     ["operation"],
     buckets=_QUERY_BUCKETS,
+    registry=REGISTRY,
+)
+SANDBOX_IN_USE: Final = Gauge(
+    "trellis_sandbox_in_use",
+    "1 where the built-in sandbox stands in for a partner: no money moves, no parcel leaves.",
+    ["partner"],
     registry=REGISTRY,
 )
 

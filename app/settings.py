@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import TrellisError
@@ -13,14 +27,37 @@ from app.errors import TrellisError
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+#: What may stand in a header behind `Bearer `.
+VISIBLE: Final = r"[\x21-\x7e]+"
+
+
 class SettingsError(TrellisError):
     """A setting is wrong"""
+
+
+@dataclass(frozen=True)
+class PartnerSettings:
+    """How one partner is reached. Without a URL it is the sandbox."""
+
+    name: Literal["payment", "carrier"]
+    url: str | None
+    token: SecretStr | None
+    token_file: Path | None
+    tls_ca: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+
+    def variable(self, field: str) -> str:
+        """The environment variable of one of these."""
+        return variable(f"{self.name}_{field}")
 
 
 class Settings(BaseSettings):
     """Everything that can be configured, read from `TRELLIS_*` environment variables."""
 
-    model_config = SettingsConfigDict(env_prefix="TRELLIS_", extra="ignore", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="TRELLIS_", extra="ignore", frozen=True, populate_by_name=True, hide_input_in_errors=True
+    )
 
     # Servers
     database_url: SecretStr = Field(
@@ -102,8 +139,47 @@ class Settings(BaseSettings):
     )
 
     # Partners
-    payment_url: str | None = Field(None, description="Payment provider; unset: the built-in sandbox.")
-    carrier_url: str | None = Field(None, description="Carrier; unset: the built-in sandbox.")
+    sandbox: bool = Field(
+        False,
+        description="Use the built-in sandbox for a partner without a URL. To try things out: no money moves, and no "
+        "parcel leaves.",
+    )
+    payment_url: str | None = Field(
+        None,
+        description="Payment provider, `https://...` without credentials. Needed, unless `TRELLIS_SANDBOX` is set.",
+    )
+    payment_token: SecretStr | None = Field(
+        None, description="Token for the payment provider, sent as `Authorization: Bearer ...`."
+    )
+    payment_token_file: Path | None = Field(
+        None, description="File with that token, read anew for each call, so that it can be replaced."
+    )
+    payment_tls_ca: Path | None = Field(
+        None, description="File with the CA that signed the payment provider's certificate; unset: those of `certifi`."
+    )
+    payment_tls_cert: Path | None = Field(
+        None, description="File with the client certificate for the payment provider (mTLS)."
+    )
+    payment_tls_key: Path | None = Field(None, description="File with its private key, unencrypted.")
+    carrier_url: str | None = Field(
+        None, description="Carrier, `https://...` without credentials. Needed, unless `TRELLIS_SANDBOX` is set."
+    )
+    carrier_token: SecretStr | None = Field(
+        None, description="Token for the carrier, sent as `Authorization: Bearer ...`."
+    )
+    carrier_token_file: Path | None = Field(
+        None, description="File with that token, read anew for each call, so that it can be replaced."
+    )
+    carrier_tls_ca: Path | None = Field(
+        None, description="File with the CA that signed the carrier's certificate; unset: those of `certifi`."
+    )
+    carrier_tls_cert: Path | None = Field(None, description="File with the client certificate for the carrier (mTLS).")
+    carrier_tls_key: Path | None = Field(None, description="File with its private key, unencrypted.")
+    partners_allow_http: bool = Field(
+        False,
+        description="Allow `http://` to partners that are not on this machine: tokens, amounts and addresses are then "
+        "readable on the way.",
+    )
     partner_timeout: PositiveFloat = Field(
         10.0, le=15, description="Seconds to wait for a partner's answer; at most 15, see `app/policies.py`."
     )
@@ -128,6 +204,21 @@ class Settings(BaseSettings):
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
 
+    @field_validator("payment_url", "carrier_url", mode="before")
+    @classmethod
+    def _url_without_credentials(cls, url: object, info: ValidationInfo) -> object:
+        if not url or not isinstance(url, str):
+            return url or None
+        _check_url(url, variable(str(info.field_name).replace("url", "token")))
+        return url
+
+    @field_validator("payment_token", "carrier_token", mode="before")
+    @classmethod
+    def _token_fits_a_header(cls, token: object) -> object:
+        if isinstance(token, str) and token and not re.fullmatch(VISIBLE, token.strip()):
+            raise ValueError("it has characters that no token has: only visible ASCII, without spaces")
+        return (token.strip() or None) if isinstance(token, str) else token
+
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:
         given, build = self.temporal_deployment_name, self.temporal_worker_build_id
@@ -136,11 +227,87 @@ class Settings(BaseSettings):
             raise ValueError(f"{missing} is not set, and the other one is: set both for versioned workers, or neither")
         return self
 
+    @model_validator(mode="after")
+    def _partners_are_reached_safely(self) -> Self:
+        faults = [fault for partner in (self.payment, self.carrier) for fault in self._faults_of(partner)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _faults_of(self, partner: PartnerSettings) -> Iterator[str]:
+        if partner.token and partner.token_file:
+            yield f"{partner.variable('token')} and {partner.variable('token_file')} are both set: set one"
+        if (partner.tls_cert is None) != (partner.tls_key is None):
+            missing = partner.variable("tls_key" if partner.tls_key is None else "tls_cert")
+            yield f"{missing} is not set: a client certificate needs both its file and its key's"
+        if partner.url is None or not partner.url.lower().startswith("http://"):
+            return
+        if partner.tls_ca or partner.tls_cert:
+            yield f"{partner.variable('url')} is http://, and {partner.variable('tls_*')} is set: use https://"
+        if not (self.partners_allow_http or is_loopback(partner.url)):
+            yield (
+                f"{partner.variable('url')} is http:// to another machine: use https://, or allow it with "
+                f"{variable('partners_allow_http')}=true"
+            )
+
+    @property
+    def payment(self) -> PartnerSettings:
+        """How the payment provider is reached."""
+        return self._partner("payment")
+
+    @property
+    def carrier(self) -> PartnerSettings:
+        """How the carrier is reached."""
+        return self._partner("carrier")
+
+    def _partner(self, name: Literal["payment", "carrier"]) -> PartnerSettings:
+        fields = ("url", "token", "token_file", "tls_ca", "tls_cert", "tls_key")
+        return PartnerSettings(name, *(getattr(self, f"{name}_{field}") for field in fields))
+
+    def require_partners(self) -> None:
+        """Make sure that each partner was chosen: by its URL, or the sandbox by a setting of its own.
+
+        Raises:
+            SettingsError: one was not; the message names the variables.
+        """
+        missing = [partner.variable("url") for partner in (self.payment, self.carrier) if partner.url is None]
+        if missing and not self.sandbox:
+            raise SettingsError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; to try Trellis without real "
+                f"partners, set {variable('sandbox')}=true: no money moves then, and no parcel leaves"
+            )
+
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    alias = Settings.model_fields[name].validation_alias
+    field = Settings.model_fields.get(name)
+    alias = field.validation_alias if field else None
     return alias if isinstance(alias, str) else f"TRELLIS_{name.upper()}"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine, by an address that cannot be anybody else's."""
+    host = ""
+    try:
+        host = urlsplit(url).hostname or ""
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_url(url: str, token: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(character.isspace() for character in url):
+        raise ValueError("it must be https://host or https://host/path")
+    if "@" in parts.netloc or parts.query or parts.fragment or "?" in url:
+        raise ValueError(
+            f"it must be an address and no more: no user, password, key, query or fragment. What is secret belongs "
+            f"into {token}"
+        )
 
 
 def load(**overrides: Any) -> Settings:

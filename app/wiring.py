@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import asyncpg
-import httpx
 from temporalio.client import Client
 
 from app import db, failpoints, health, temporal, tracing
+from app.partners import open_partners
 from app.payment.http_gateway import HttpPaymentGateway
 from app.shipping.http_carrier import HttpCarrier
 
@@ -51,38 +51,3 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         )
         await stack.enter_async_context(health.serving(settings, services.readiness))
         yield services
-
-
-@dataclass(frozen=True)
-class Partners:
-    """HTTP clients of those the product works with."""
-
-    payment: httpx.AsyncClient
-    carrier: httpx.AsyncClient
-
-
-@asynccontextmanager
-async def open_partners(settings: Settings) -> AsyncIterator[Partners]:
-    """HTTP clients of the payment provider and the carrier; the sandbox, in this process, for one without a URL."""
-    async with AsyncExitStack() as stack:
-        sandbox = None
-        if not (settings.payment_url and settings.carrier_url):
-            # Only the sandbox needs it, and a set-up with real partners should not load it.
-            from app.sandbox.app import open_sandbox
-
-            sandbox = await stack.enter_async_context(open_sandbox(settings))
-
-        def client(url: str | None, path: str) -> httpx.AsyncClient:
-            built = httpx.AsyncClient(
-                base_url=url or f"http://sandbox{path}",
-                # Each its own: a shared one would be traced twice.
-                transport=None if url or not sandbox else httpx.ASGITransport(sandbox, raise_app_exceptions=False),
-                timeout=settings.partner_timeout,
-            )
-            tracing.instrument_client(built)
-            return built
-
-        yield Partners(
-            payment=await stack.enter_async_context(client(settings.payment_url, "/payments")),
-            carrier=await stack.enter_async_context(client(settings.carrier_url, "/carrier")),
-        )

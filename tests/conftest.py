@@ -111,6 +111,7 @@ def settings(servers: Servers, database_url: str) -> Settings:
     unique = uuid.uuid4().hex[:8]
     return Settings(
         strict_sandbox=True,
+        sandbox=True,
         database_url=database_url,
         temporal_address=servers.temporal_address,
         order_task_queue=f"orders-{unique}",

@@ -240,7 +240,7 @@ async def main(names: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     async with LocalStack(durable=False) as stack:
         await asyncio.to_thread(db.migrate, stack.database_url)
-        settings = Settings(database_url=stack.database_url, temporal_address=stack.temporal_address, metrics_port=0)
+        settings = Settings(**stack.settings_overrides(), metrics_port=0, sandbox=True)
         async with open_shop(settings.model_copy(update={"dispatch_attempts": 2})) as shop:
             for name in names or SCENARIOS:
                 await record(shop, name)

@@ -381,6 +381,7 @@ async def fresh_settings(servers: Any, template: str, **more: Any) -> AsyncItera
     async with databases.database(servers.admin_url, template) as url:
         yield Settings(
             strict_sandbox=True,
+            sandbox=True,
             database_url=url,
             order_task_queue=f"orders-{unique}",
             shipping_task_queue=f"shipping-{unique}",

@@ -61,6 +61,7 @@ def shared_settings(servers: Servers, shared_database: str) -> Settings:
     return Settings(
         database_url=shared_database,
         temporal_address=servers.temporal_address,
+        sandbox=True,
         order_task_queue=new_id("orders"),
         shipping_task_queue=new_id("shipping"),
         graceful_shutdown_timeout=5,
@@ -1212,6 +1213,7 @@ async def test_postgresql_down_is_503_and_heals_by_itself(servers: Servers, tmp_
         settings = Settings(
             database_url=postgres.url(),
             temporal_address=servers.temporal_address,
+            sandbox=True,
             order_task_queue=new_id("orders"),
             shipping_task_queue=new_id("shipping"),
             graceful_shutdown_timeout=5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import stat
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from app.cli.run import run
 from app.local import privileges
 from app.local.postgres import DataUnusable, LocalPostgres, StopMode
+from app.local.privileges import Capability
 from app.local.processes import (
     Launch,
     LocalError,
@@ -81,13 +83,26 @@ async def query(server: LocalPostgres, sql: str, database: str = "trellis") -> o
         await connection.close()
 
 
-def launch(*command: object, stdout: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
+def launch(
+    *command: object, stdin: int | None = None, stdout: int | IO[bytes] = subprocess.PIPE, umask: int = -1
+) -> subprocess.Popen[bytes]:
     arguments = [str(part) for part in command]
-    return subprocess.Popen(arguments, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT)
+    return subprocess.Popen(arguments, stdin=stdin, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, umask=umask)
 
 
 def alive(pid: int) -> bool:
     return command_line(pid) not in ([], [""])
+
+
+RUN_A_STACK = """
+import asyncio, pathlib, sys
+from app.local.stack import LocalStack
+async def main():
+    async with LocalStack(pathlib.Path(sys.argv[1]), durable=False) as stack:
+        print("pids", stack.postgres.process.pid, stack.temporal.process.pid, flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+asyncio.run(main())
+"""
 
 
 # --- both servers --------------------------------------------------------------------------------------------
@@ -136,17 +151,8 @@ async def test_watch_tells_which_server_died(tmp_path: Path) -> None:
 
 @ON_LINUX
 async def test_servers_end_with_a_killed_run_and_the_next_run_finds_the_data(tmp_path: Path) -> None:
-    program = """
-import asyncio, pathlib, sys
-from app.local.stack import LocalStack
-async def main():
-    async with LocalStack(pathlib.Path(sys.argv[1]), durable=False) as stack:
-        print("pids", stack.postgres.process.pid, stack.temporal.process.pid, flush=True)
-        await asyncio.sleep(600)
-asyncio.run(main())
-"""
     data = tmp_path / "data"
-    first = launch(sys.executable, "-c", program, data)
+    first = launch(sys.executable, "-c", RUN_A_STACK, data, stdin=subprocess.PIPE)
     assert first.stdout is not None
     with first:
         line = (await asyncio.to_thread(first.stdout.readline)).decode()
@@ -325,16 +331,86 @@ async def test_stop_escalates_and_can_be_hurried(tmp_path: Path) -> None:
     assert time.monotonic() - started < 3
 
 
-def test_opening_the_way_lets_others_pass_and_no_more(tmp_path: Path) -> None:
-    private = tmp_path / "private"
-    (private / "data").mkdir(parents=True)
-    private.chmod(0o700)
-    (private / "data").chmod(0o700)
+def modes(*paths: Path) -> dict[Path, int]:
+    """Modes of these and of every directory above."""
+    return {path: stat.S_IMODE(path.stat().st_mode) for each in paths for path in (each, *each.resolve().parents)}
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
+async def test_nothing_outside_the_data_directory_is_changed_and_nothing_inside_is_for_others(
+    tmp_path: Path, killed: bool
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    data = home / "work" / ".trellis"
+    data.mkdir(parents=True)
+    data.chmod(0o755)
+    (data / "temporal.log").touch(0o644)  # as an earlier release left it
+    program = LocalPostgres(data, log=data / "log")._bin / "postgres"
+    before = modes(home / "work", program)
+    running = launch(sys.executable, "-c", RUN_A_STACK, data, stdin=subprocess.PIPE, umask=0)
+    with running:
+        assert running.stdin
+        assert running.stdout
+        line = await asyncio.to_thread(running.stdout.readline)
+        assert line.startswith(b"pids "), line + running.stdout.read()
+        during = modes(home / "work", program)
+        kept = {path: stat.S_IMODE(path.stat().st_mode) for path in (data, *data.rglob("*"))}
+        if killed:
+            running.kill()
+        else:
+            running.communicate(b"\n")
+    assert before == during == modes(home / "work", program)
+    assert {path.name for path in kept} >= {"lock", "temporal.db", "temporal.log", "postgres.log", "temporal.pid"}
+    assert [path for path, mode in kept.items() if mode & 0o077] == []
+    assert kept[data] == 0o700
+
+
+async def test_a_directory_with_other_things_in_it_stays_as_open_as_it_is(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o755)
+    (shared / "readme").touch(0o644)
+    (shared / "postgres.log").symlink_to(shared / "readme")
+    stack = LocalStack(shared)
+    await stack.prepare()
+    await stack.stop()
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (shared, *shared.iterdir())}
+    assert found == {"shared": 0o755, "readme": 0o644, "postgres.log": 0o644, "lock": 0o600}
+
+
+def test_an_account_gets_the_smallest_right_that_leads_to_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, data = tmp_path / "bin" / "program", tmp_path / "data"
+    program.parent.mkdir()
+    program.touch(0o755)
+    data.mkdir(mode=0o700)
     stranger = privileges.Account("stranger", 54321, 54321)
-    assert private in privileges.open_way(stranger, private / "data")
-    assert stat.S_IMODE(private.stat().st_mode) == 0o701
-    assert stat.S_IMODE((private / "data").stat().st_mode) == 0o700, "the data themselves are chowned, not opened"
-    assert privileges.open_way(stranger, private / "data") == []
+    everything = {Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE}
+
+    def needed(*, having: set[Capability]) -> Capability | None:
+        monkeypatch.setattr(privileges, "_permitted", lambda: sum(1 << capability for capability in having))
+        return privileges.capability_for(stranger, program, data / "postgres")
+
+    assert needed(having=everything) is Capability.DAC_READ_SEARCH
+    assert needed(having={Capability.DAC_OVERRIDE}) is Capability.DAC_OVERRIDE
+    with pytest.raises(LookupError, match=f"user stranger cannot enter {tmp_path}"):
+        needed(having=set())
+    program.chmod(0o700)
+    assert needed(having=everything) is Capability.DAC_OVERRIDE
+    mine = privileges.Account("me", os.geteuid(), os.getegid())
+    monkeypatch.setattr(privileges, "_may", lambda *_: True)
+    assert privileges.capability_for(mine, program, data) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root gives rights to others")
+def test_the_server_of_another_user_has_one_right(postgres: LocalPostgres) -> None:
+    status = Path(f"/proc/{postgres.process.pid}/status").read_text()
+    rights = {int(found, 16) for found in re.findall(r"^Cap(?:Prm|Eff|Inh|Amb):\s+(\w+)$", status, re.MULTILINE)}
+    assert rights <= {0, 1 << Capability.DAC_READ_SEARCH, 1 << Capability.DAC_OVERRIDE}
+    assert len(rights) == 1
+    assert not re.search(r"^Uid:.*\b0\b", status, re.MULTILINE)
 
 
 # --- the command ---------------------------------------------------------------------------------------------

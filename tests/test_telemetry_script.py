@@ -120,6 +120,7 @@ async def run(servers: Servers, shared_database: str, tmp_path_factory: pytest.T
     settings = Settings(
         database_url=shared_database,
         temporal_address=servers.temporal_address,
+        sandbox=True,
         order_task_queue=f"orders-{unique}",
         shipping_task_queue=f"shipping-{unique}",
         graceful_shutdown_timeout=5,

@@ -92,7 +92,7 @@ async def _sources(services: Services, partners: Partners, temporal: bool) -> As
     from app.audit.auditor import Sources
     from app.audit.executions import Executions
     from app.audit.partners import GatewayBooks, LedgerBooks
-    from app.wiring import open_partners
+    from app.partners import open_partners
 
     executions = Executions(services.temporal) if temporal else None
     built_in = not (services.settings.payment_url or services.settings.carrier_url)

@@ -58,11 +58,18 @@ def connect(url: str) -> Iterator[Api]:
     import httpx
 
     try:
-        with unanswered(url), httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+        with unanswered(url), httpx.Client(base_url=url, timeout=TIMEOUT, trust_env=proxied(url)) as http:
             yield Api(http, url)
     except CallFailed as failed:
         typer.echo(f"trellis: {failed}", err=True)
         raise typer.Exit(failed.code) from failed
+
+
+def proxied(url: str) -> bool:
+    """Whether the environment's proxies are for calls to this URL: none of them leads to this machine."""
+    from app.settings import is_loopback
+
+    return not is_loopback(url)
 
 
 class Api:

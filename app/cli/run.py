@@ -175,6 +175,7 @@ class _Run:
             api_host=self._options.host,
             api_port=self._options.port,
             metrics_port=load().metrics_port or free_port(),
+            sandbox=True,
             **stack.settings_overrides(),
         )
         configure_logging(settings)

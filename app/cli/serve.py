@@ -33,9 +33,9 @@ def api(
 ) -> None:
     """Serve the HTTP API, without workers."""
     _end_on_sigterm()
+    settings = _settings(partners=True)
     from app.http import create_app
 
-    settings = _settings()
     serve(create_app(settings), settings, host, port)
 
 
@@ -45,10 +45,10 @@ def run_all(
 ) -> None:
     """Migrate if needed, then serve the API and work on both task queues, all in this process."""
     _end_on_sigterm()
+    settings = _settings(partners=True)
     from app import db
     from app.main import create
 
-    settings = _settings()
     # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
     version = asyncio.run(_reach_database(settings, wait=True))
     if version is None or version < db.SCHEMA_VERSION:
@@ -61,12 +61,19 @@ def run_all(
             sys.exit(1)
 
 
-def _settings() -> Settings:
+def _settings(*, partners: bool = False) -> Settings:
+    """The settings of this process, with logging set up. Where it works with partners, they must have been chosen."""
     from app.settings import load
     from app.telemetry import configure_logging
 
     settings = load()
     configure_logging(settings)
+    if partners:
+        # First what needs no imports, as it is what most often ends here.
+        settings.require_partners()
+        from app.partners import check
+
+        check(settings)
     return settings
 
 
@@ -105,7 +112,7 @@ def worker(
     _end_on_sigterm()
     import uvloop
 
-    uvloop.run(_work(_settings(), queue))
+    uvloop.run(_work(_settings(partners=True), queue))
 
 
 async def _work(settings: Settings, queue: Queue) -> None:

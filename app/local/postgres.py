@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from app.local.privileges import Account, account_for, open_tree, open_way, owner_of, readable
+from app.local.privileges import Account, Capability, account_for, capability_for, owner_of
 from app.local.processes import (
     Launch,
     LocalError,
@@ -86,6 +86,7 @@ class LocalPostgres(LocalServer):
         self._report = report
         self._durable = durable
         self._bin = _programs()
+        self._capability: Capability | None = None
 
     def url(self, database: str = USER) -> str:
         """Address of a database for asyncpg, psycopg and psql."""
@@ -113,8 +114,7 @@ class LocalPostgres(LocalServer):
         await self.prepare()
         account = self._account()
         self._check_data(account)
-        if account is not None:
-            self._open_files(account)
+        self._capability = self._needed(account) if account is not None else None
         if not (self.data / "PG_VERSION").exists():
             await self._create_cluster(account)
         self._process = ServerProcess(NAME, self._launch("postgres", self._arguments(), account, signal.SIGINT))
@@ -194,25 +194,14 @@ class LocalPostgres(LocalServer):
         )
         return answer.stdout.split()[2].split(".")[0]
 
-    def _open_files(self, account: Account) -> None:
-        """Let the account, which is not us, reach its programs and its data.
-
-        The wheel's own function gives everybody the right to list all directories above; passing through is enough.
-        """
+    def _needed(self, account: Account) -> Capability | None:
+        """What lets the account, which is not us, reach its programs and its data."""
         try:
-            opened = open_way(account, self._bin / "postgres") + open_way(account, self.data)
-            if opened:
-                folders = ", ".join(map(str, opened))
-                self._report(f"{NAME} does not run as root: others may now pass through {folders}")
-            if not readable(account, self._bin / "postgres"):
-                open_tree(account, self._bin.parent)
-                libraries = self._bin.parent.parent.with_suffix(".libs")
-                if libraries.exists():
-                    open_tree(account, libraries)
-        except OSError as error:
+            return capability_for(account, self._bin / "postgres", self.data)
+        except (LookupError, OSError) as error:
             raise LocalError(
-                f"{NAME} does not run as root, and user {account.name} cannot be let through to {error.filename} "
-                f"({error.strerror}); start as an ordinary user"
+                f"{NAME} does not run as root, and {error}; start as an ordinary user, or choose a directory with "
+                "--data (and install Trellis in one) that everybody may enter"
             ) from error
 
     async def _create_cluster(self, account: Account | None) -> None:
@@ -256,6 +245,7 @@ class LocalPostgres(LocalServer):
             env={**env, "LC_ALL": "C"},
             cwd=Path("/"),  # ours may be closed to the account
             account=account,
+            capability=self._capability,
             stdin=stdin,
             if_orphaned=if_orphaned,
         )

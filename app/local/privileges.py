@@ -1,11 +1,18 @@
-"""PostgreSQL refuses to run as root: whom it runs as then, and how it reaches its files."""
+"""PostgreSQL refuses to run as root: whom it runs as then, and how it reaches its files.
+
+Nothing outside the data directory is changed for that: see docs/decisions/0062-no-doors-opened.md.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
+import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 CANDIDATES = ("nobody", "postgres", "daemon")
@@ -19,6 +26,21 @@ class Account:
     name: str
     uid: int
     gid: int
+
+
+_PR_SET_KEEPCAPS = 8
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+
+class Capability(IntEnum):
+    """A part of root's rights (capabilities(7)), by its number."""
+
+    DAC_OVERRIDE = 1
+    """Reading, writing and running whatever the modes of files say."""
+    DAC_READ_SEARCH = 2
+    """Reading files and entering directories whatever their modes say."""
 
 
 def account_for(data: Path) -> Account | None:
@@ -46,35 +68,65 @@ def owner_of(path: Path) -> str:
     return _name(path.stat().st_uid)
 
 
-def open_way(account: Account, path: Path) -> list[Path]:
-    """Let `account` walk down to `path`; the directories that had to be changed.
+def capability_for(account: Account, program: Path, data: Path) -> Capability | None:
+    """What `account` needs to run `program` on `data` where they are; None: nothing, the way is open to it.
 
-    Below a directory only its owner may enter (`/root`, `mktemp -d`) the server would reach neither its program nor
-    its data. Others get the right to pass through, not to list or to read: who does not know a name below still
-    finds nothing.
+    Below a directory that only its owner may enter (`/root`, our own data directory) it would reach neither. Opening
+    such a directory would open it to everybody, and for longer than we run; so the process gets the right instead.
+
+    Raises:
+        LookupError: it cannot reach them, and that right is not ours to give; the message says what is closed.
     """
-    opened = []
-    for folder in reversed(path.resolve().parents):
-        status = folder.stat()
-        if not _allows(account, status, stat.S_IXUSR):
-            folder.chmod(stat.S_IMODE(status.st_mode) | stat.S_IXOTH)
-            opened.append(folder)
-    return opened
+    closed = [
+        folder
+        for path in (program, data)
+        for folder in path.resolve().parents
+        if not _may(account, folder, stat.S_IXUSR)
+    ]
+    runs = _may(account, program, stat.S_IRUSR | stat.S_IXUSR)
+    if not closed and runs:
+        return None
+    # The smaller right does not cover running what is not marked as a program for the account.
+    wanted = [Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE] if runs else [Capability.DAC_OVERRIDE]
+    for capability in wanted:
+        if _permitted() >> capability & 1:
+            return capability
+    raise LookupError(f"user {account.name} cannot enter {closed[0] if closed else program}")
 
 
-def open_tree(account: Account, root: Path) -> None:
-    """Let `account` read a directory of programs that was installed under a strict umask."""
-    for path in (root, *root.rglob("*")):
-        status = path.stat()
-        wanted = stat.S_IRUSR | (status.st_mode & stat.S_IXUSR)
-        if not _allows(account, status, wanted):
-            path.chmod(stat.S_IMODE(status.st_mode) | wanted >> 6)
+def keep_capabilities(keep: bool) -> None:
+    """Whether a child of this thread that changes its user keeps its capabilities until it runs its program."""
+    ctypes.CDLL(None).prctl(_PR_SET_KEEPCAPS, int(keep), 0, 0, 0)
 
 
-def readable(account: Account, path: Path) -> bool:
-    """Whether `account` may read (and enter or run) `path` itself."""
-    status = path.stat()
-    return _allows(account, status, stat.S_IRUSR | (status.st_mode & stat.S_IXUSR))
+def reduction_to(capability: Capability) -> Callable[[], None]:
+    """What a child runs, after it has changed its user, to have this capability and no other, also past `exec`."""
+    libc = ctypes.CDLL(None, use_errno=True)  # here: a forked child of a threaded process must not load anything
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    only = 1 << capability
+    # Effective, permitted, inheritable; twice, for the lower and the upper 32.
+    sets = (ctypes.c_uint32 * 6)(only, only, only, 0, 0, 0)
+
+    def reduce() -> None:
+        failed = libc.capset(header, sets) or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, int(capability), 0, 0)
+        if failed:
+            raise OSError(ctypes.get_errno(), "the kernel does not pass on a capability")
+
+    return reduce
+
+
+def _permitted() -> int:
+    """The capabilities that we have and may pass on, a bit each; 0 where there is no such thing."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    found = dict(re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status, flags=re.MULTILINE))
+    return int(found.get("CapPrm", "0"), 16) & int(found.get("CapBnd", "0"), 16)
+
+
+def _may(account: Account, path: Path, owner_bits: int) -> bool:
+    return _allows(account, path.stat(), owner_bits)
 
 
 def _allows(account: Account, status: os.stat_result, owner_bits: int) -> bool:

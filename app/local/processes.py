@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from app.errors import TrellisError
-from app.local.privileges import Account
+from app.local.privileges import Account, Capability, keep_capabilities, reduction_to
 
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -39,6 +39,9 @@ HURRIED_GRACE = 1.0
 
 LOG_KEPT = 5 * 1024 * 1024
 """Bytes a log may have at a start before it is put aside as `<name>.old`."""
+
+PRIVATE_UMASK = 0o077
+"""Of what is started here: its files are for the one who runs it."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -86,6 +89,8 @@ class Launch:
     cwd: Path | None = None
     account: Account | None = None
     """Who the child runs as; None: whoever we are."""
+    capability: Capability | None = None
+    """What the account is given of root's rights, so that it reaches its files."""
     stdin: str = ""
     if_orphaned: signal.Signals = signal.SIGTERM
     """What the kernel sends to the child when we die (Linux)."""
@@ -122,29 +127,40 @@ class ServerProcess:
         Raises:
             LocalError: the program or its log cannot be opened.
         """
-        launch, account = self._launch, self._launch.account
         try:
             with _opened_log(self.log) as log, tempfile.TemporaryFile() as stdin:
                 self._log_start = log.tell()
-                stdin.write(launch.stdin.encode())
+                stdin.write(self._launch.stdin.encode())
                 stdin.seek(0)
-                self._process = subprocess.Popen(  # noqa: S603 - programs of our own wheels, no shell
-                    launch.args,
-                    stdin=stdin,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=launch.env,
-                    cwd=launch.cwd,
-                    start_new_session=True,
-                    # Python changes the user before it calls preexec_fn; the other way round the kernel would
-                    # forget the death signal.
-                    user=account.uid if account else None,
-                    group=account.gid if account else None,
-                    extra_groups=[] if account else None,
-                    preexec_fn=_die_with_parent(launch.if_orphaned),  # noqa: PLW1509 - one prctl, nothing that locks
-                )
+                self._process = self._spawned(stdin, log)
         except (OSError, subprocess.SubprocessError) as error:
             raise LocalError(f"{self.name} cannot be started: {error}") from error
+
+    def _spawned(self, stdin: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        launch, account = self._launch, self._launch.account
+        if launch.capability is not None:
+            keep_capabilities(keep=True)
+        try:
+            return subprocess.Popen(  # noqa: S603 - programs of our own wheels, no shell
+                launch.args,
+                stdin=stdin,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=launch.env,
+                cwd=launch.cwd,
+                start_new_session=True,
+                # What servers write has names, addresses and prices in it.
+                umask=PRIVATE_UMASK,
+                # Python changes the user before it calls preexec_fn; the other way round the kernel would
+                # forget the death signal.
+                user=account.uid if account else None,
+                group=account.gid if account else None,
+                extra_groups=[] if account else None,
+                preexec_fn=_before_exec(launch),  # noqa: PLW1509 - system calls only, nothing that locks
+            )
+        finally:
+            if launch.capability is not None:
+                keep_capabilities(keep=False)
 
     async def ready(self, probe: Probe, *, timeout: float = 120.0) -> None:
         """Return when `probe` says yes. If it raises, stopping is left to the caller.
@@ -275,21 +291,30 @@ def _opened_log(path: Path) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size > LOG_KEPT:
         path.replace(path.with_name(path.name + ".old"))
-    return path.open("ab")
+    return open(path, "ab", opener=private)
 
 
-def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
-    """What a child runs between fork and exec so that it ends with us; None where the kernel cannot do it.
+def private(path: str, flags: int) -> int:
+    """An `opener` of files that are for nobody else: not even readable."""
+    return os.open(path, flags, 0o600)
 
-    The kernel watches the thread that forked: start servers from a thread that lives as long as they should.
+
+def _before_exec(launch: Launch) -> Callable[[], None] | None:
+    """What a child runs between fork and exec: it gives up rights, and is made to end with us.
+
+    The kernel does the latter, where it can, and watches the thread that forked: start servers from a thread that
+    lives as long as they should.
     """
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: a forked child of a threaded process must not load anything
     parent = os.getpid()
+    reduce = reduction_to(launch.capability) if launch.capability is not None else None
 
     def preexec() -> None:
-        prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if reduce is not None:
+            reduce()
+        prctl(PR_SET_PDEATHSIG, int(launch.if_orphaned), 0, 0, 0)
         if os.getppid() != parent:  # we died before the call
             os._exit(1)
 

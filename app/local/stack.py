@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,8 +16,11 @@ from types import TracebackType
 from typing import IO, NoReturn, Self
 
 from app.local.postgres import USER, DataUnusable, LocalPostgres
-from app.local.processes import POLL, LocalError, Report, silent
+from app.local.processes import POLL, LocalError, Report, private, silent
 from app.local.temporal import LocalTemporal
+
+_OURS = re.compile(r"lock|postgres(\.new)?|(postgres|temporal)\.log(\.old)?|temporal\.(db(-\w+)?|pid)")
+"""What the servers and this module keep in the data directory."""
 
 
 class DataInUse(LocalError):
@@ -182,8 +187,8 @@ async def _together(*coroutines: Awaitable[None]) -> None:
 def _locked(data: Path) -> IO[str]:
     """The open lock file of `data`: the lock lasts as long as it is open, and ends with us however we end."""
     try:
-        data.mkdir(parents=True, exist_ok=True)
-        file = (data / "lock").open("a+")
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = open(data / "lock", "a+", opener=private)  # noqa: SIM115 - Path.open takes no opener; see above
     except OSError as error:
         raise DataUnusable(f"{error.strerror}: {error.filename}; choose another with --data") from error
     try:
@@ -199,4 +204,19 @@ def _locked(data: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
+    _make_private(data)
     return file
+
+
+def _make_private(data: Path) -> None:
+    """Close what an earlier release, or the umask, left open to others.
+
+    The directory itself only if there is nothing else in it: whoever says `--data /srv` wants to go on using that.
+    """
+    ours = {path for path in data.iterdir() if _OURS.fullmatch(path.name) and not path.is_symlink()}
+    if ours == set(data.iterdir()):
+        ours.add(data)
+    for path in ours:
+        status = path.stat()
+        if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+            path.chmod(stat.S_IMODE(status.st_mode) & 0o700)

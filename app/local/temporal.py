@@ -22,6 +22,7 @@ from app.local.processes import (
     command_line,
     free_port,
     listens,
+    private,
     silent,
     stop_leftover,
 )
@@ -175,7 +176,8 @@ class LocalTemporal(LocalServer):
 
     def _remember(self, server: ServerProcess) -> None:
         if (file := self._pid_file()) is not None:
-            file.write_text(f"{server.pid}\n")
+            with open(file, "w", opener=private) as written:
+                written.write(f"{server.pid}\n")
 
     def _forget(self) -> None:
         if (file := self._pid_file()) is not None:

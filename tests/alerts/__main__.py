@@ -71,10 +71,14 @@ class ObservedStack(Stack):
             self.start(self.members[name])
 
     def careless_worker(self) -> Member:
-        """A worker with another workflow, in the place of the first order worker, whose metrics port it takes."""
+        """A worker with another workflow and the sandbox's carrier, in the place of the first order worker.
+
+        It takes the metrics port of that one.
+        """
         member = self.members["orders-1"]
         args = [sys.executable, "-m", "tests.alerts.careless_worker"]
-        member.process = ServerProcess("careless", Launch(args, self.data / "careless.log", member.env, cwd=ROOT))
+        env = member.env | {"TRELLIS_CARRIER_URL": "", "TRELLIS_SANDBOX": "true"}
+        member.process = ServerProcess("careless", Launch(args, self.data / "careless.log", env, cwd=ROOT))
         member.process.spawn()
         return member
 
@@ -227,7 +231,7 @@ async def _provoke(stack: ObservedStack, shop: Shop, watch: Watch) -> None:
     stack.hold_down("orders-1", "orders-2")
     careless = stack.careless_worker()
     await shop.approve("review-0")
-    await watch.until_fired("TrellisNonDeterminism")
+    await watch.until_fired("TrellisNonDeterminism", "TrellisSandboxInUse")
     if careless.process:
         careless.process.kill()
     stack.bring_back("orders-1", "orders-2")
