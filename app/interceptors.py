@@ -26,7 +26,7 @@ from temporalio.worker import (
 
 from app import local_first, metrics, tracing
 from app.db import UNAVAILABLE
-from app.errors import TrellisError
+from app.errors import CarrierUnavailable, TrellisError
 from app.events import Attempt, AttemptLog
 from app.signals import COUNT
 
@@ -80,16 +80,18 @@ class _AroundAttempt(ActivityInboundInterceptor):
             result = await self.next.execute_activity(input)
         except asyncio.CancelledError:
             stopped = activity.is_worker_shutdown()
-            _end("retry" if stopped else "failure", began, "WorkerStopped" if stopped else "Cancelled")
+            outcome, error_type = ("retry", "WorkerStopped") if stopped else ("failure", "Cancelled")
+            _end(outcome, began, error_type, silences=_silences())
             raise
         except Exception as error:
-            failure = translate(error)
+            silences = _silences() + isinstance(error, CarrierUnavailable)
+            failure = _given_up(input, silences, translate(error))
             if not isinstance(error, (TrellisError, ApplicationError, *UNAVAILABLE)):
                 log.exception("unexpected error")
             retryable = not failure.non_retryable
             await self._tell(self._attempts.failed(attempt, failure.type or "", failure.message, retryable=retryable))
             outcome = "retry" if retryable and _may_be_repeated() else "failure"
-            _end(outcome, began, failure.type or "", _loggable(failure.message, input))
+            _end(outcome, began, failure.type or "", _loggable(failure.message, input), silences)
             raise failure from error
         if attempt.number > 1:
             await self._tell(self._attempts.recovered(attempt))
@@ -132,7 +134,23 @@ def _attempt(input: ExecuteActivityInput) -> Attempt:  # noqa: A002 - the SDK's 
     )
 
 
-def _end(outcome: str, began: float, error_type: str | None = None, message: str = "") -> None:
+def _silences() -> int:
+    """How many attempts before this one had no answer of the carrier. An attempt that failed for a reason of our own
+    does not count, nor one that left no word."""
+    info = activity.info()
+    told = [] if info.is_local else [detail for detail in info.heartbeat_details if isinstance(detail, dict)]
+    return int(told[0].get("silences") or 0) if told else 0
+
+
+def _given_up(input: ExecuteActivityInput, silences: int, failure: ApplicationError) -> ApplicationError:  # noqa: A002 - the SDK's name
+    """The failure, as the last one if the argument says that the carrier has been asked often enough."""
+    most = getattr(input.args[0], "give_up_after", 0) if input.args else 0
+    if failure.type != CarrierUnavailable.__name__ or not 0 < most <= silences:
+        return failure
+    return ApplicationError(failure.message, type=failure.type, non_retryable=True)
+
+
+def _end(outcome: str, began: float, error_type: str | None = None, message: str = "", silences: int = 0) -> None:
     """The attempt's metrics and its canonical line; who and where is bound already."""
     info, seconds = activity.info(), time.monotonic() - began
     metrics.attempt_ended(info.activity_type, info.task_queue, outcome, seconds, error_type)
@@ -142,7 +160,7 @@ def _end(outcome: str, began: float, error_type: str | None = None, message: str
         if not info.is_local:
             # Travels with the next attempt, to whichever process: the repeat knows what it repeats. A local attempt
             # has no heartbeat; the activity it is handed to is told by its id.
-            activity.heartbeat(_Failed(attempt=info.attempt, error_type=error_type))
+            activity.heartbeat(_Failed(attempt=info.attempt, error_type=error_type, silences=silences))
         level, error = log.warning, {"error_type": error_type, "error": message}
     level("attempt", outcome=outcome, duration_seconds=round(seconds, 4), **error)
 
@@ -150,6 +168,7 @@ def _end(outcome: str, began: float, error_type: str | None = None, message: str
 class _Failed(BaseModel):
     attempt: int
     error_type: str
+    silences: int = 0
 
 
 def _error_before(info: activity.Info) -> str:

@@ -48,34 +48,23 @@ PAYMENT: Final = ActivityOptions(
 )
 
 
-def dispatch(attempts: int) -> ActivityOptions:
-    """A carrier's call. It gives up after `attempts`: a parcel that nobody takes is refunded, not kept for ever."""
-    return ActivityOptions(
-        start_to_close_timeout=timedelta(seconds=40),
-        retry_policy=RetryPolicy(
-            initial_interval=timedelta(seconds=1),
-            maximum_interval=timedelta(seconds=30),
-            maximum_attempts=attempts,
-        ),
-    )
+#: A carrier's call. A parcel that nobody takes is refunded, not kept for ever; but that is not for the retry policy to
+#: say, which would count our own outages, too: the argument has how many answers the carrier may owe
+#: (`Shipment.give_up_after`, counted in `app.interceptors`). What fails for another reason is repeated for ever.
+DISPATCH: Final = ActivityOptions(
+    start_to_close_timeout=timedelta(seconds=40),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
 
-
-#: Asking the carrier for the parcel back because the customer cancelled. For ever: the money goes back only when
-#: it is certain that the parcel stays.
+#: Asking the carrier for the parcel back. As with `DISPATCH`, the argument says whether it can be given up.
 RECALL: Final = ActivityOptions(
     start_to_close_timeout=timedelta(seconds=40),
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
 
-#: The same after `dispatch` gave up. Patient, because a refund without an answer can cost the goods: what stood in the
-#: way may have been our own database and not the carrier. But not for ever, as the customer waits for the money.
-RECALL_AFTER_GIVING_UP: Final = ActivityOptions(
-    start_to_close_timeout=timedelta(seconds=40),
-    schedule_to_close_timeout=timedelta(hours=1),
-    retry_policy=RetryPolicy(
-        initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30), maximum_attempts=150
-    ),
-)
+#: How often the carrier may be silent when it is asked for a parcel back after `dispatch` gave up: an hour at least.
+#: Patient, because a refund without an answer can cost the goods; not for ever, as the customer waits for the money.
+RECALL_SILENCES: Final = 125
 
 #: A pass of `trellis reconcile` over all that was left behind, a heartbeat for each order. The schedule starts the
 #: next pass anyway, so this one is given up after a few attempts.

@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
+from app.errors import OrderNotFound
 from app.failpoints import reach
-from app.order.models import AddressChange, AddressDecision, CloseOrder, NoteRequest, OrderInput
+from app.order.models import (
+    AddressChange,
+    AddressDecision,
+    CloseOrder,
+    LocateOrder,
+    NoteRequest,
+    OrderInput,
+    OrderStatus,
+)
 
 if TYPE_CHECKING:
     from app.order.repository import OrderRepository
@@ -56,6 +65,18 @@ class OrderActivities:
         """Tell in the timeline of something that changed nothing, such as an approval that came too late."""
         await self._orders.note(note, _key(note.type))
         reach("note.before_reply")
+
+    @activity.defn
+    async def locate(self, order: LocateOrder) -> OrderStatus:
+        """Where the tables say the order is, for a run that was reset and cannot know.
+
+        Raises:
+            OrderNotFound: there is no such order.
+        """
+        status = await self._orders.status(order.order_id)
+        if status is None:
+            raise OrderNotFound(order.order_id)
+        return status
 
 
 def _key(happening: str) -> str:

@@ -216,6 +216,12 @@ class NoteRequest(BaseModel):
     payload: dict[str, Any] = {}
 
 
+class LocateOrder(BaseModel):
+    """Argument of the activity `locate`."""
+
+    order_id: str
+
+
 class AddressChange(BaseModel):
     """Argument of the activity `change_address`."""
 

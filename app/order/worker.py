@@ -30,6 +30,7 @@ def order_worker(services: Services) -> WorkerPart:
             orders.close,
             orders.change_address,
             orders.note,
+            orders.locate,
             payments.charge,
             payments.refund,
             reconcile_activities(services).reconcile,

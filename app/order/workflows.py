@@ -7,23 +7,30 @@ line of steps in `run` reads those facts where they count. So there is one decis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import WorkflowIDReusePolicy
-from temporalio.exceptions import ApplicationError, ChildWorkflowError, FailureError
+from temporalio.exceptions import (
+    ApplicationError,
+    ChildWorkflowError,
+    FailureError,
+    WorkflowAlreadyStartedError,
+)
 
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies, signals
-    from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.errors import IllegalTransition, OrderRejected, PaymentConflict, PaymentDeclined, TooLate
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
     from app.order.models import (
         AddressChange,
         CloseOrder,
         Decided,
+        LocateOrder,
         NoteRequest,
         OrderInput,
         OrderResult,
@@ -53,6 +60,25 @@ MAX_NOTES = 20
 #: Nor must a flood of addresses: Temporal terminates a workflow whose history is full, and a charge would stay.
 #: Updates need no such limit, the server has one.
 MAX_ADDRESS_SIGNALS = 50
+
+#: Orders that began before shipped although the cancellation was there before the shipment was.
+_CANCELLED_BEFORE_SHIPPING: Final = "cancelled-before-shipping"
+
+#: Orders that began before believed a `dispatch_failed` also of a shipment that then ended otherwise.
+_GAVE_UP_ITSELF: Final = "gave-up-itself"
+
+#: Runs that were reset before failed where an earlier run had been further, or had started the shipment.
+_AFTER_RESET: Final = "after-reset"
+
+#: Runs that were reset before told the shipment of an earlier run nothing.
+_TOLD_BY_ID: Final = "told-by-id"
+
+#: Where an order is from the moment its charge may have begun until its end.
+_PAID_FOR: Final = frozenset({Step.CHARGING, Step.CHARGED, Step.PREPARED})
+
+#: Seconds between two looks whether the shipment of an earlier run has ended.
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 600.0
 
 
 @workflow.defn
@@ -87,9 +113,14 @@ class OrderWorkflow:
 
     async def _live(self) -> OrderResult:
         for step in (self._receive, self._validate, self._await_review, self._charge, self._ship):
-            await step()
+            try:
+                await step()
+            except FailureError as error:
+                await self._catch_up(error)
             if self._step.final:
                 break
+        if _is_reset() and workflow.patched(_AFTER_RESET):
+            self._step = await self._locate()
         await workflow.wait_condition(workflow.all_handlers_finished)
         return OrderResult(order_id=self._order.order_id, step=self._step)
 
@@ -111,6 +142,8 @@ class OrderWorkflow:
             self._step = Step.AWAITING_REVIEW
 
     async def _await_review(self) -> None:
+        if self._step is Step.CHARGING:
+            return  # An earlier run was reviewed: see `_catch_up`.
         try:
             await workflow.wait_condition(
                 lambda: self._cancel or self._review is not None,
@@ -146,13 +179,18 @@ class OrderWorkflow:
             self._enter_failed(Step.PAYMENT_FAILED, error, PaymentDeclined, PaymentConflict)
             return
         self._step = Step.CHARGED
-        if self._cancel:
+        if self._cancel and not self._may_be_under_way():
             await self._refund(Step.CANCELLED, "cancelled during the charge")
 
     async def _ship(self) -> None:
         # In turn behind every address that was sent before, so that none of them comes too late for the handover.
         async with self._address_turn:
-            self._shipment = shipment = await self._start_shipment()
+            called_off = self._called_off()
+            shipment = None if called_off else await self._start_shipment(WorkflowIDReusePolicy.REJECT_DUPLICATE)
+        if called_off:
+            await self._refund(Step.CANCELLED, "cancelled before the shipment")
+            return
+        self._shipment = shipment = shipment or await self._start_next_shipment()
         await workflow.wait_condition(lambda: shipment.done() or self._cancel)
         if not shipment.done():
             await self._tell_shipment("cancel")
@@ -185,25 +223,75 @@ class OrderWorkflow:
             raise error
         self._step, self._last_error = step, message(error)
 
-    async def _start_shipment(self) -> workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult]:
-        """Returns when the child has really started; only then may its parent close without losing it."""
-        order = self._order
-        return await workflow.start_child_workflow(
-            ShippingWorkflow.run,
-            ShippingInput(
-                order_id=order.order_id,
-                payment_id=order.request.payment_id,
-                money=order.request.total,
-                address=order.request.address,
-                dispatch_attempts=order.dispatch_attempts,
-                order_task_queue=order.order_task_queue,
-                local_steps=order.local_steps,
-            ),
-            id=shipping_workflow_id(order.order_id),
-            task_queue=order.shipping_task_queue,
-            parent_close_policy=workflow.ParentClosePolicy.ABANDON,
-            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+    async def _catch_up(self, error: FailureError) -> None:
+        """An earlier run of this order, before a reset, has been further than this one is. What is written down stands:
+        a closed order is closed, and one whose charge has begun goes on from there, whatever was decided here."""
+        if not failed_with(error, IllegalTransition) or not workflow.patched(_AFTER_RESET):
+            raise error
+        step = await self._locate()
+        if step.final:
+            self._step = step
+        elif step in _PAID_FOR and self._step not in _PAID_FOR:
+            self._step = Step.CHARGING
+        else:
+            raise error
+
+    async def _locate(self) -> Step:
+        status = await workflow.execute_activity_method(
+            OrderActivities.locate, LocateOrder(order_id=self._order.order_id), **policies.DATABASE
         )
+        self._last_error = status.last_error
+        return status.step
+
+    def _may_be_under_way(self) -> bool:
+        """Whether a shipment of an earlier run may have the parcel; then only that shipment may be called off."""
+        return _is_reset() and workflow.patched(_AFTER_RESET)
+
+    def _called_off(self) -> bool:
+        """Whether the order was cancelled while nobody has been told to ship."""
+        return self._cancel and not self._may_be_under_way() and workflow.patched(_CANCELLED_BEFORE_SHIPPING)
+
+    async def _start_next_shipment(self) -> workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult]:
+        """Another one under the same id, as soon as that of the earlier run has ended. It asks the tables and the
+        carrier what became of the parcel and ships nothing twice; and this run hears of it."""
+        pause, told = _FIRST_PAUSE, False
+        while (shipment := await self._start_shipment(WorkflowIDReusePolicy.ALLOW_DUPLICATE)) is None:
+            if self._cancel and not told:
+                await self._tell_shipment_by_id("cancel")
+                pause, told = _FIRST_PAUSE, True
+            with contextlib.suppress(TimeoutError):
+                await (workflow.sleep(pause) if told else workflow.wait_condition(lambda: self._cancel, timeout=pause))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+        return shipment
+
+    async def _start_shipment(
+        self, reuse: WorkflowIDReusePolicy
+    ) -> workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult] | None:
+        """Returns when the child has really started; only then may its parent close without losing it. None if there
+        is one of an earlier run, before a reset."""
+        order = self._order
+        try:
+            return await workflow.start_child_workflow(
+                ShippingWorkflow.run,
+                ShippingInput(
+                    order_id=order.order_id,
+                    payment_id=order.request.payment_id,
+                    money=order.request.total,
+                    address=order.request.address,
+                    dispatch_attempts=order.dispatch_attempts,
+                    order_task_queue=order.order_task_queue,
+                    local_steps=order.local_steps,
+                    cancelled=self._cancel,
+                ),
+                id=shipping_workflow_id(order.order_id),
+                task_queue=order.shipping_task_queue,
+                parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+                id_reuse_policy=reuse,
+            )
+        except WorkflowAlreadyStartedError:
+            if not workflow.patched(_AFTER_RESET):
+                raise
+            return None
 
     async def _tell_shipment(self, signal: str, *args: Address) -> None:
         if self._shipment is None:
@@ -211,12 +299,23 @@ class OrderWorkflow:
         try:
             await self._shipment.signal(signal, args=list(args))
         except FailureError:
+            if _is_reset() and workflow.patched(_TOLD_BY_ID):
+                # It may run: Temporal does not take it for a child of this run, which did not start it.
+                await self._tell_shipment_by_id(signal, *args)
+                return
             # It has ended in the meantime; its result, which `_ship` awaits, says how.
+            workflow.logger.info("the shipment ended before the signal reached it", extra={"signal": signal})
+
+    async def _tell_shipment_by_id(self, signal: str, *args: Address) -> None:
+        shipment = workflow.get_external_workflow_handle(shipping_workflow_id(self._order.order_id))
+        try:
+            await shipment.signal(signal, args=list(args))
+        except FailureError:
             workflow.logger.info("the shipment ended before the signal reached it", extra={"signal": signal})
 
     async def _settle_failed_shipment(self, error: ChildWorkflowError) -> None:
         reason = self._dispatch_failed
-        if reason is None:
+        if reason is None or (not _gave_up(error) and workflow.patched(_GAVE_UP_ITSELF)):
             # It did not end by its own decision (terminated, say), so where the parcel is, only the carrier knows.
             taken = await workflow.execute_activity_method(
                 ShippingActivities.recall,
@@ -401,6 +500,17 @@ class OrderWorkflow:
             NoteRequest(order_id=self._order.order_id, type=event, payload={"reason": reason}),
             **policies.DATABASE,
         )
+
+
+def _is_reset() -> bool:
+    """Whether this run goes on from the history of an earlier one: `temporal workflow reset`."""
+    info = workflow.info()
+    return info.run_id != info.original_execution_run_id
+
+
+def _gave_up(error: ChildWorkflowError) -> bool:
+    """Whether the shipment itself decided to fail; then it has asked the carrier."""
+    return isinstance(error.cause, ApplicationError) and error.cause.type == DispatchFailed.__name__
 
 
 def _fields_at_fault(error: ValidationError) -> str:

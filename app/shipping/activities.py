@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
+from app.errors import TooLate
 from app.failpoints import reach
 from app.shipping.carrier import Handover
 from app.shipping.models import Shipment
@@ -36,9 +37,12 @@ class ShippingActivities:
         Raises:
             ShipmentRefused: the carrier will never take it.
             CarrierUnavailable: no answer.
+            TooLate: the order is closed, and its money may have gone back.
         """
         reach("dispatch.before_freeze")
         parcel = await self._shipments.begin_dispatch(shipment.order_id)
+        if parcel.closed:
+            raise TooLate(f"{shipment.order_id} is closed; nothing is handed over")
         if parcel.handover:
             reach("dispatch.before_reply")
             return parcel.handover

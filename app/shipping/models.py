@@ -40,15 +40,21 @@ class ShippingInput(BaseModel):
     payment_id: str
     money: Money
     address: Address | None = None
-    dispatch_attempts: int = Field(10, description="Attempts at `dispatch` before the shipment gives up.")
+    dispatch_attempts: int = Field(
+        10, description="How often the carrier may leave `dispatch` unanswered before the shipment gives up."
+    )
     order_task_queue: str = Field("default", description="Where refunds run, for a shipment without parent.")
     local_steps: bool = Field(False, description="Whether steps of the database are tried where the workflow runs.")
+    cancelled: bool = Field(False, description="The order was cancelled already: only ask for the parcel back.")
 
 
 class Shipment(BaseModel):
     """Argument of the activities `prepare`, `dispatch` and `recall`."""
 
     order_id: str
+    give_up_after: int = Field(
+        0, description="How many questions the carrier may leave unanswered before it is given up; 0: any number."
+    )
 
 
 class ShippingOutcome(StrEnum):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FREEZE = """
 UPDATE orders SET dispatch_started_at = coalesce(dispatch_started_at, clock_timestamp())
-WHERE id = $1 RETURNING address_json, tracking
+WHERE id = $1 RETURNING address_json, tracking, state
 """
 
 _TAKEN = events.moving(sets=", tracking = $6")
@@ -24,10 +24,12 @@ _TAKEN = events.moving(sets=", tracking = $6")
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is handed over: an order with its address, frozen. `handover` once the carrier took it."""
+    """What is handed over: an order with its address, frozen. `handover` once the carrier took it; `closed` when it
+    never will, as the order has ended without."""
 
     address: Address | None
     handover: Handover | None
+    closed: bool = False
 
 
 class ShipmentRepository:
@@ -53,6 +55,7 @@ class ShipmentRepository:
         return Parcel(
             address=Address.model_validate(row["address_json"]) if row["address_json"] else None,
             handover=Handover(tracking=row["tracking"]) if row["tracking"] else None,
+            closed=Step(row["state"]).final and row["tracking"] is None,
         )
 
     async def complete_dispatch(self, order_id: str, handover: Handover, *, pickup: bool) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, Final
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
 
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies
-    from app.failures import message
+    from app.errors import CarrierUnavailable
+    from app.failures import failed_with, message
     from app.payment.activities import PaymentActivities
     from app.payment.models import RefundRequest
     from app.shipping.activities import ShippingActivities
@@ -22,6 +24,13 @@ with workflow.unsafe.imports_passed_through():
         ShippingResult,
     )
     from app.steps import Step
+
+
+#: Shipments that began before ended where they stood when somebody cancelled them in Temporal.
+_CANCELLED_IN_TEMPORAL: Final = "cancelled-in-temporal"
+
+#: Shipments that began before took whatever ended a recall for a carrier that does not answer.
+_ONLY_SILENCE_GIVES_UP: Final = "only-silence-gives-up"
 
 
 @workflow.defn
@@ -37,12 +46,26 @@ class ShippingWorkflow:
         self._shipping = shipping
         self._shipment = Shipment(order_id=shipping.order_id)
         self._step = Step.CHARGED
-        self._told_to_cancel = False
+        self._told_to_cancel = shipping.cancelled
         self._recalled = False
         self._failure = ""
 
     @workflow.run
     async def run(self, shipping: ShippingInput) -> ShippingResult:  # noqa: ARG002 - `__init__` has it
+        story = asyncio.create_task(self._live())
+        while not story.done():
+            try:
+                await asyncio.shield(story)
+            except asyncio.CancelledError:
+                # Somebody cancelled the workflow itself, in Temporal's UI say. Where the parcel is, the carrier must be
+                # asked all the same: it is taken as the order's cancellation, as the order's own workflow takes it.
+                if workflow.patched(_CANCELLED_IN_TEMPORAL):
+                    self._told_to_cancel = True
+                elif not story.done():
+                    story.cancel()
+        return story.result()
+
+    async def _live(self) -> ShippingResult:
         await self._prepare()
         handover = await self._dispatch() or await self._recall()
         if handover:
@@ -69,8 +92,8 @@ class ShippingWorkflow:
             return None
         dispatch = workflow.start_activity_method(
             ShippingActivities.dispatch,
-            self._shipment,
-            **policies.dispatch(self._shipping.dispatch_attempts),
+            Shipment(order_id=self._shipment.order_id, give_up_after=self._shipping.dispatch_attempts),
+            **policies.DISPATCH,
         )
         await workflow.wait_condition(lambda: dispatch.done() or self._told_to_cancel)
         if not dispatch.done():
@@ -82,10 +105,17 @@ class ShippingWorkflow:
             return None
 
     async def _recall(self) -> Handover | None:
-        policy = policies.RECALL if self._told_to_cancel else policies.RECALL_AFTER_GIVING_UP
+        # The customer's cancellation waits for an answer as long as it takes: the money goes back only when it is
+        # certain that the parcel stays. A parcel that nobody takes is given up one day.
+        patience = 0 if self._told_to_cancel else policies.RECALL_SILENCES
+        asked = Shipment(order_id=self._shipment.order_id, give_up_after=patience)
         try:
-            handover = await workflow.execute_activity_method(ShippingActivities.recall, self._shipment, **policy)
+            handover = await workflow.execute_activity_method(ShippingActivities.recall, asked, **policies.RECALL)
         except ActivityError as error:
+            if not failed_with(error, CarrierUnavailable) and workflow.patched(_ONLY_SILENCE_GIVES_UP):
+                # It says nothing about the parcel, so there is nothing to tell: this fails visibly, and the parent,
+                # or `trellis reconcile`, asks again.
+                raise
             self._failure = f"{self._failure}; asked for it back: {message(error)}"
             return None
         self._recalled = handover is None
