@@ -45,7 +45,7 @@ def limits(start_to_close: timedelta | None) -> Limits:
     if start_to_close is None:
         return Limits(None, None)
     seconds = start_to_close.total_seconds()
-    return Limits(seconds - min(3.0, seconds / 5), seconds - min(0.5, seconds / 20))
+    return Limits(seconds - min(3.0, seconds / 5), seconds - min(1.0, seconds / 10))
 
 
 #: One or two SQL statements. The longest wait for a connection and the longest statement end within `limits`, so that
