@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator
+import socket
+import ssl
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import structlog
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic_core import to_json
 
-from app import metrics
+from app import database_url, metrics
+from app.errors import DatabaseUnavailable, TrellisError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -24,8 +31,9 @@ if TYPE_CHECKING:
 #: The migration this code needs. Revisions are ordered as text, so a newer schema serves an older release.
 SCHEMA_VERSION: Final = "0002"
 
-#: What asyncpg raises when the database is not there, is going away, or is not migrated yet.
+#: What may be better in a moment, for an `except`: what `Pool` and `connect` raise, and what a driver alone does.
 UNAVAILABLE: Final = (
+    DatabaseUnavailable,
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
@@ -46,20 +54,181 @@ Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 log = structlog.get_logger(__name__)
 
 
-def create_pool(settings: Settings) -> asyncpg.Pool:
-    """A pool that connects when it is first used, so that a process can start before its database does."""
-    pool = asyncpg.create_pool(
-        settings.database_url.get_secret_value(),
+# --- what may be better in a moment
+
+#: Classes of SQLSTATE that say "not now": connection lost, authorization refused (a password is being changed), a
+#: transaction that another one stood in the way of, resources used up, an operator's intervention.
+_LATER_CLASSES: Final = frozenset({"08", "28", "40", "53", "57"})
+
+#: The same of single states.
+_LATER: Final = frozenset(
+    {
+        "25006",  # read-only: a standby that is being promoted
+        "25P03",  # idle in transaction for too long: we were stopped in the middle
+        "25P04",  # the whole transaction took too long
+        "3D000",  # no such database yet
+        "42P01",  # no such table yet: it waits for the migration,
+        "42703",  # or for the next one
+        "55006",  # in use
+        "55P03",  # locked
+    }
+)
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether the same may well succeed in a moment, whatever in the database stands in its way now."""
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate or ""
+        return (
+            state[:2] in _LATER_CLASSES
+            or state in _LATER
+            # A plan of before a migration; the next use makes another.
+            or isinstance(error, asyncpg.InvalidCachedStatementError)
+        )
+    if isinstance(error, ValueError):
+        return False  # the driver's word for arguments that cannot be sent, which are an `InterfaceError` as well
+    return isinstance(
+        error, (DatabaseUnavailable, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+    )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server has answered, and will not have us: a wrong password, or TLS that it lacks or that does not
+    prove who it is. A process that runs waits for a better day; a command ends, as somebody has to do something."""
+    cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
+    if isinstance(cause, asyncpg.PostgresError):
+        return (cause.sqlstate or "").startswith("28")
+    # asyncpg raises the bare one when the server has no TLS, the system only its subclasses.
+    return isinstance(cause, ssl.SSLError) or type(cause) is ConnectionError
+
+
+@contextmanager
+def translated(*, connecting: bool = False) -> Generator[None]:
+    """Raises `DatabaseUnavailable` for what the driver raises inside, if that means "not now".
+
+    Args:
+        connecting: then whatever goes wrong means that, for a process that runs.
+    """
+    try:
+        yield
+    except TrellisError:
+        raise
+    except Exception as error:
+        if connecting or is_unavailable(error):
+            raise DatabaseUnavailable(_kind(error)) from error
+        raise
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Why the database is not available, for the log and for an operator: the server's words where it has let nobody
+    in, as there is no row yet that they could quote."""
+    cause = error.__cause__ if isinstance(error, DatabaseUnavailable) and error.__cause__ else error
+    words = str(cause).partition("\n")[0][:200]
+    return f"{_kind(cause)}: {words}" if words else _kind(cause)
+
+
+# --- connections
+
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+
+
+@contextmanager
+def patience(seconds: float | None) -> Iterator[None]:
+    """Whoever needs a connection inside waits for it as long as this, in place of the setting; None: the setting."""
+    token = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+class Pool(asyncpg.Pool):
+    """asyncpg's, with a limit to every wait for a connection, and what is not available raised as one kind of error.
+
+    `fetch`, `execute` and their like take their connection by `acquire` as well, so that no caller can forget either.
+
+    Raises:
+        DatabaseUnavailable: from every method. Nothing that is raised while connecting says more than "not now".
+    """
+
+    def __init__(self, *arguments: Any, acquire_timeout: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._acquire_timeout = acquire_timeout
+
+    def acquire(self, *, timeout: float | None = None) -> _Acquired:  # type: ignore[override] # it does what that does
+        return _Acquired(super().acquire(timeout=timeout or _patience.get() or self._acquire_timeout))
+
+
+class _Acquired:
+    def __init__(self, acquiring: Any) -> None:
+        self._acquiring = acquiring
+
+    async def __aenter__(self) -> Connection:
+        with translated(connecting=True):
+            connection: Connection = await self._acquiring.__aenter__()
+            return connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> None:
+        with translated():
+            await self._acquiring.__aexit__(kind, error, stack)
+        if error is not None and not isinstance(error, TrellisError) and is_unavailable(error):
+            raise DatabaseUnavailable(_kind(error)) from error
+
+    def __await__(self) -> Generator[Any, None, Connection]:
+        return self._connection().__await__()
+
+    async def _connection(self) -> Connection:
+        with translated(connecting=True):
+            connection: Connection = await self._acquiring
+            return connection
+
+
+def create_pool(settings: Settings) -> Pool:
+    """A pool that connects when it is first used, so that a process can start before its database does.
+
+    Raises:
+        InvalidDatabaseUrl: the URL cannot be read. `Settings` have checked it.
+    """
+    pool = Pool(
+        **_options(settings, "trellis"),
+        acquire_timeout=settings.database_acquire_timeout,
         min_size=0,
         max_size=settings.database_pool_size,
-        command_timeout=settings.database_statement_timeout,
-        timeout=settings.database_statement_timeout,
-        init=_prepare_connection,
+        init=partial(_prepare_connection, settings=settings),
         reset=_keep_session,
-        server_settings={"application_name": "trellis"},
+        # As `asyncpg.create_pool` has them, which makes no other class than its own.
+        max_queries=50_000,
+        max_inactive_connection_lifetime=300.0,
+        connection_class=asyncpg.Connection,
+        record_class=asyncpg.Record,
+        loop=None,
     )
     metrics.watch_pool(pool)
     return pool
+
+
+async def connect(settings: Settings, application_name: str) -> asyncpg.Connection:
+    """A connection of its own, beside the pool, for the caller to close.
+
+    Raises:
+        DatabaseUnavailable: there is none to be had now.
+    """
+    with translated(connecting=True):
+        connection: asyncpg.Connection = await asyncpg.connect(**_options(settings, application_name))
+        return connection
+
+
+def _options(settings: Settings, application_name: str) -> dict[str, Any]:
+    address, timeout = database_url.read(settings.database_url.get_secret_value()), settings.database_statement_timeout
+    options = address.for_asyncpg()
+    options["server_settings"] = {"application_name": application_name} | options["server_settings"]
+    return options | {"timeout": min(address.connect_timeout or timeout, timeout), "command_timeout": timeout}
 
 
 async def _keep_session(_connection: object) -> None:
@@ -67,11 +236,38 @@ async def _keep_session(_connection: object) -> None:
     else of a session. Its own reset would be one more statement for every use."""
 
 
-async def _prepare_connection(connection: asyncpg.Connection) -> None:
+#: What waits for a lock fails after a moment rather than hold a connection that others wait for; unless the role or the
+#: URL has set another time.
+_LOCK_TIMEOUT: Final = "SELECT set_config('lock_timeout', $1, false) WHERE current_setting('lock_timeout') = '0'"
+
+_SOCKET_OPTIONS: Final = {
+    "keepalives": (socket.SOL_SOCKET, "SO_KEEPALIVE"),
+    "keepalives_idle": (socket.IPPROTO_TCP, "TCP_KEEPIDLE"),
+    "keepalives_interval": (socket.IPPROTO_TCP, "TCP_KEEPINTVL"),
+    "keepalives_count": (socket.IPPROTO_TCP, "TCP_KEEPCNT"),
+    "tcp_user_timeout": (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT"),
+}
+
+
+async def _prepare_connection(connection: asyncpg.Connection, settings: Settings | None = None) -> None:
     await connection.set_type_codec(
         "jsonb", schema="pg_catalog", encoder=lambda value: to_json(value).decode(), decoder=json.loads
     )
     connection.add_query_logger(metrics.query_ended)
+    if settings is not None:
+        await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
+        _keep_alive(connection, database_url.read(settings.database_url.get_secret_value()).socket_options)
+
+
+def _keep_alive(connection: asyncpg.Connection, options: Mapping[str, int]) -> None:
+    """libpq does it by itself; asyncpg hands out neither its socket nor an option for it."""
+    used = connection._transport.get_extra_info("socket") if options else None  # type: ignore[attr-defined] # noqa: SLF001
+    if used is None or used.family == socket.AF_UNIX:
+        return
+    for name, value in options.items():
+        level, option = _SOCKET_OPTIONS[name]
+        if hasattr(socket, option):  # not every system has all of them
+            used.setsockopt(level, getattr(socket, option), value)
 
 
 def migrate(database_url: str) -> str:
@@ -114,14 +310,20 @@ async def schema_version(pool: asyncpg.Pool) -> str | None:
     return version
 
 
-async def wait_until_answering(pool: asyncpg.Pool) -> str | None:
-    """The schema's revision, as soon as the database answers; says in the log that and why it does not yet."""
+async def wait_until_answering(pool: asyncpg.Pool, *, through_refusals: bool = True) -> str | None:
+    """The schema's revision, as soon as the database answers; says in the log that and why it does not yet.
+
+    Raises:
+        DatabaseUnavailable: it refuses us (`is_refusal`), and the caller does not want to wait for that.
+    """
     for pause in pauses():
         try:
             with suppress_instrumentation():
                 return await schema_version(pool)
-        except UNAVAILABLE as error:
-            log.warning("waiting for PostgreSQL", error=type(error).__name__, retry_in_seconds=pause)
+        except DatabaseUnavailable as error:
+            if is_refusal(error) and not through_refusals:
+                raise
+            log.warning("waiting for PostgreSQL", error=error.detail, reason=reason(error), retry_in_seconds=pause)
         await asyncio.sleep(pause)
     raise AssertionError("unreachable: the pauses never end")
 

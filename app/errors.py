@@ -113,6 +113,17 @@ class ServiceUnavailable(TrellisError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
+class DatabaseUnavailable(ServiceUnavailable):
+    """PostgreSQL did not answer"""
+
+    # As it is in whatever stands between: it is away, busy, locked, or does not take us in for now. The detail is the
+    # kind of error alone, as the driver's words may quote a row or an address.
+
+
+class TimedOut(ServiceUnavailable):
+    """The attempt ran out of time"""
+
+
 # --- what must not happen ----------------------------------------------------------------------------------
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import asyncpg
 import structlog
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
-from app.db import UNAVAILABLE
+from app import db
+from app.errors import DatabaseUnavailable
 from app.metrics import ORDER_GAUGES
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
+    import asyncpg
+
     from app.settings import Settings
 
 #: Seconds between two readings.
@@ -43,20 +45,18 @@ async def keep_reading(settings: Settings) -> None:
     with suppress_instrumentation():
         while True:
             try:
-                await _read_as_the_one(settings)
-            except (asyncpg.PostgresError, *UNAVAILABLE) as error:
-                log.warning("the gauges cannot be read", error_type=type(error).__name__)
+                with db.translated():
+                    await _read_as_the_one(settings)
+            except DatabaseUnavailable as error:
+                log.warning("the gauges cannot be read", reason=db.reason(error))
+            except Exception:
+                # Whatever it is, the next reading may be better, and these are looked at when all is not well.
+                log.exception("the gauges cannot be read")
             await asyncio.sleep(INTERVAL)
 
 
 async def _read_as_the_one(settings: Settings) -> None:
-    timeout = settings.database_statement_timeout
-    connection = await asyncpg.connect(
-        settings.database_url.get_secret_value(),
-        timeout=timeout,
-        command_timeout=timeout,
-        server_settings={"application_name": "trellis-gauges"},
-    )
+    connection = await db.connect(settings, "trellis-gauges")
     try:
         while not await connection.fetchval(_CLAIM, _READER_LOCK):
             ORDER_GAUGES.clear()

@@ -85,9 +85,14 @@ class Readiness:
 async def _state(check: Check) -> str:
     try:
         await asyncio.wait_for(check(), _CHECK_SECONDS)
-    except (NotReady, RPCError, RuntimeError, *db.UNAVAILABLE) as error:
-        reason = str(error) or "no answer in time"
-        return (reason if isinstance(error, NotReady) else f"{type(error).__name__}: {reason}")[:200]
+    except NotReady as error:
+        return str(error)[:200]
+    except (RPCError, RuntimeError, *db.UNAVAILABLE) as error:
+        return f"{type(error).__name__}: {str(error) or 'no answer in time'}"[:200]
+    except Exception as error:
+        # Whatever is wrong, who asks is answered: an answer of 500 would say less.
+        log.exception("a check of readiness failed")
+        return f"unexpected {type(error).__name__}"
     return "ok"
 
 

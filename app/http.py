@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
+import asyncpg
 import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
 
 from app import db, health, metrics, temporal, tracing
-from app.errors import TrellisError
+from app.errors import DatabaseUnavailable, TrellisError
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
 from app.order.feed import EventFeed
@@ -118,7 +119,7 @@ def _add_problems(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RPCError, _temporal_problem)
     app.add_exception_handler(RuntimeError, _runtime_problem)
-    for kind in db.UNAVAILABLE:
+    for kind in (DatabaseUnavailable, asyncpg.PostgresError, *db.UNAVAILABLE):
         app.add_exception_handler(kind, _database_problem)
     app.add_exception_handler(Exception, _unexpected_problem)
     _document_problems(app)
@@ -187,12 +188,15 @@ async def _temporal_problem(request: Request, error: Exception) -> ProblemRespon
 async def _runtime_problem(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RuntimeError)  # noqa: S101
     if temporal.is_unavailable(error):
+        log.warning("Temporal did not answer", reason=str(error)[:200])
         return problem(503, "Temporal did not answer", _AGAIN, code="TemporalUnavailable")
     return await _unexpected_problem(request, error)
 
 
-async def _database_problem(_: Request, error: Exception) -> ProblemResponse:
-    log.warning("PostgreSQL did not answer", error=type(error).__name__)
+async def _database_problem(request: Request, error: Exception) -> ProblemResponse:
+    if not db.is_unavailable(error):
+        return await _unexpected_problem(request, error)
+    log.warning("PostgreSQL did not answer", error=type(error.__cause__ or error).__name__)
     return problem(503, "PostgreSQL did not answer", _AGAIN, code="DatabaseUnavailable")
 
 

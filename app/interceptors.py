@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 import structlog
 from opentelemetry import trace
@@ -24,9 +25,8 @@ from temporalio.worker import (
     WorkflowInterceptorClassInput,
 )
 
-from app import local_first, metrics, tracing
-from app.db import UNAVAILABLE
-from app.errors import CarrierUnavailable, TrellisError
+from app import db, local_first, metrics, policies, tracing
+from app.errors import CarrierUnavailable, TimedOut, TrellisError
 from app.events import Attempt, AttemptLog
 from app.signals import COUNT
 
@@ -69,15 +69,14 @@ class _AroundAttempt(ActivityInboundInterceptor):
             ),
             tracing.attributes(order_id=attempt.order_id, temporal_activity_attempt=attempt.number),
         ):
-            if attempt.number > 1:
-                metrics.attempt_repeated(attempt.activity, info.task_queue, _error_before(info))
-                await self._tell(self._attempts.retried(attempt))
-            return await self._execute(attempt, input)
+            limits = policies.limits(info.start_to_close_timeout)
+            with db.patience(limits.work):
+                return await self._execute(attempt, input, _Ends.of(limits))
 
-    async def _execute(self, attempt: Attempt, input: ExecuteActivityInput) -> Any:  # noqa: A002 - the SDK's name
+    async def _execute(self, attempt: Attempt, input: ExecuteActivityInput, ends: _Ends) -> Any:  # noqa: A002 - the SDK's name
         began = time.monotonic()
         try:
-            result = await self.next.execute_activity(input)
+            result = await self._work(attempt, input, ends)
         except asyncio.CancelledError:
             stopped = activity.is_worker_shutdown()
             outcome, error_type = ("retry", "WorkerStopped") if stopped else ("failure", "Cancelled")
@@ -86,24 +85,53 @@ class _AroundAttempt(ActivityInboundInterceptor):
         except Exception as error:
             silences = _silences() + isinstance(error, CarrierUnavailable)
             failure = _given_up(input, silences, translate(error))
-            if not isinstance(error, (TrellisError, ApplicationError, *UNAVAILABLE)):
+            if not isinstance(error, (TrellisError, ApplicationError)) and not db.is_unavailable(error):
                 log.exception("unexpected error")
             retryable = not failure.non_retryable
-            await self._tell(self._attempts.failed(attempt, failure.type or "", failure.message, retryable=retryable))
+            telling = self._attempts.failed(attempt, failure.type or "", failure.message, retryable=retryable)
+            await self._tell(telling, ends)
             outcome = "retry" if retryable and _may_be_repeated() else "failure"
             _end(outcome, began, failure.type or "", _loggable(failure.message, input), silences)
             raise failure from error
         if attempt.number > 1:
-            await self._tell(self._attempts.recovered(attempt))
+            await self._tell(self._attempts.recovered(attempt), ends)
         _end("success", began)
         return result
 
-    async def _tell(self, telling: Any) -> None:
+    async def _work(self, attempt: Attempt, input: ExecuteActivityInput, ends: _Ends) -> Any:  # noqa: A002 - the SDK's name
+        limit = asyncio.timeout_at(ends.work)
+        try:
+            async with limit:
+                if attempt.number > 1:
+                    info = activity.info()
+                    metrics.attempt_repeated(attempt.activity, info.task_queue, _error_before(info))
+                    await self._tell(self._attempts.retried(attempt), ends)
+                return await self.next.execute_activity(input)
+        except TimeoutError as error:
+            if limit.expired():
+                raise TimedOut from error
+            raise
+
+    async def _tell(self, telling: Any, ends: _Ends) -> None:
         """The timeline is told if it can be; the attempt's own outcome stands either way."""
         try:
-            await telling
-        except UNAVAILABLE as error:
-            log.warning("the timeline could not be told", error_type=type(error).__name__)
+            async with asyncio.timeout_at(ends.whole):
+                await telling
+        except db.UNAVAILABLE as error:
+            log.warning("the timeline could not be told", error_type=type(error.__cause__ or error).__name__)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """When an attempt's work ends, and when all of it does, by the clock of the event loop; None: never."""
+
+    work: float | None
+    whole: float | None
+
+    @classmethod
+    def of(cls, limits: policies.Limits) -> Self:
+        now = asyncio.get_running_loop().time()
+        return cls(*(None if limit is None else now + limit for limit in (limits.work, limits.whole)))
 
 
 def translate(error: Exception) -> ApplicationError:
@@ -116,7 +144,7 @@ def translate(error: Exception) -> ApplicationError:
     name = type(error).__name__
     if isinstance(error, TrellisError):
         return ApplicationError(str(error), type=name, non_retryable=not error.retryable)
-    if isinstance(error, UNAVAILABLE):
+    if db.is_unavailable(error):
         return ApplicationError(f"PostgreSQL did not answer: {name}", type="DatabaseUnavailable")
     return ApplicationError(f"unexpected {name}", type=name)
 

@@ -8,7 +8,7 @@ non-retryable by their class (`app.errors`), so no policy lists names.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Final, TypedDict
+from typing import Final, NamedTuple, TypedDict
 
 from temporalio.common import RetryPolicy
 
@@ -29,8 +29,28 @@ class LocalOptions(TypedDict):
     retry_policy: RetryPolicy
 
 
-#: One or two SQL statements. The pool gives up after 10 s, so 15 s means that the worker is gone. A database
-#: that restarts is back in seconds: repeat soon, but no more than twice a minute when it stays away.
+class Limits(NamedTuple):
+    """Seconds after which an attempt is ended by the worker that makes it; None: never."""
+
+    work: float | None
+    whole: float | None
+
+
+def limits(start_to_close: timedelta | None) -> Limits:
+    """An attempt ends here before Temporal gives it up: with its error in the timeline, and never beside the next one.
+
+    `work` is for waiting for connections, for statements and for a partner, whatever their own limits add up to;
+    what is left until `whole` is for recording how it ended.
+    """
+    if start_to_close is None:
+        return Limits(None, None)
+    seconds = start_to_close.total_seconds()
+    return Limits(seconds - min(3.0, seconds / 5), seconds - min(1.0, seconds / 10))
+
+
+#: One or two SQL statements. The longest wait for a connection and the longest statement end within `limits`, so that
+#: 15 s without an answer mean that the worker is gone. A database that restarts is back in seconds: repeat soon, but
+#: no more than twice a minute when it stays away.
 DATABASE: Final = ActivityOptions(
     start_to_close_timeout=timedelta(seconds=15),
     retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=500), maximum_interval=timedelta(seconds=30)),

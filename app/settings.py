@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app import database_url
 from app.errors import TrellisError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -56,7 +57,12 @@ class Settings(BaseSettings):
     """Everything that can be configured, read from `TRELLIS_*` environment variables."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TRELLIS_", extra="ignore", frozen=True, populate_by_name=True, hide_input_in_errors=True
+        env_prefix="TRELLIS_",
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        # What is wrong may be a password.
+        hide_input_in_errors=True,
     )
 
     # Servers
@@ -68,7 +74,17 @@ class Settings(BaseSettings):
     database_statement_timeout: PositiveFloat = Field(
         10.0, le=10, description="Seconds one SQL statement may take; at most 10, see `app/policies.py`."
     )
-    temporal_address: str = Field("localhost:7233", description="Temporal frontend, host:port.")
+    database_acquire_timeout: PositiveFloat = Field(
+        2.0,
+        le=10,
+        description="Seconds the API waits for a free connection, and any statement for a lock, before the answer is "
+        "503. Activities wait for a connection as long as their attempt may last.",
+    )
+    temporal_address: str = Field(
+        "localhost:7233",
+        pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}$",
+        description="Temporal frontend, host:port.",
+    )
     temporal_namespace: str = Field("default", description="Temporal namespace.")
     temporal_api_key: SecretStr | None = Field(None, description="API key, as Temporal Cloud takes it.")
     temporal_tls: bool = Field(False, description="TLS to Temporal; implied by a key or a certificate.")
@@ -203,6 +219,18 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_line_feed(cls, value: Any) -> Any:
+        return value.strip() if isinstance(value, str) else value  # a file with a secret in it ends with one
+
+    @field_validator("database_url", "sandbox_database_url")
+    @classmethod
+    def _both_drivers_can_read_it(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            database_url.read(value.get_secret_value())
+        return value
 
     @field_validator("payment_url", "carrier_url", mode="before")
     @classmethod

@@ -31,6 +31,8 @@ from structlog.testing import capture_logs
 from app import db, gauges
 from app.audit.auditor import Auditor, Sources
 from app.audit.repository import BooksRepository
+from app.errors import DatabaseUnavailable
+from app.http import create_app
 from app.local.postgres import LocalPostgres
 from app.local.processes import free_port
 from app.order.models import OrderInput, StartOrder
@@ -40,7 +42,7 @@ from app.reconcile.worker import reconciler
 from app.settings import Settings
 from app.steps import Step
 from tests.shop import HOME, OFFICE, REFUSED, open_shop
-from tests.support import until
+from tests.support import serving, until
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -441,6 +443,34 @@ async def test_the_commands_take_the_password_from_the_environment(guarded: Guar
     assert code == 0, said
 
 
+async def test_a_password_that_is_rotated_is_an_outage_and_no_fault(guarded: Guarded, settings: Settings) -> None:
+    """Until the processes have the new one: nothing answers 500, and what comes back goes on by itself."""
+    await asyncio.to_thread(db.migrate, guarded.url(guarded.owner))
+    port = free_port()
+    given = settings.model_copy(
+        update={"database_url": SecretStr(guarded.url(guarded.app)), "metrics_port": port, "metrics_host": "127.0.0.1"}
+    )
+
+    async def rotate(password: str) -> None:
+        admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{guarded.port}/postgres")
+        await admin.execute(f"ALTER ROLE {guarded.app} PASSWORD '{password}'")
+        await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1", guarded.app)
+        await admin.close()
+
+    async with serving(create_app(given)) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        assert (await client.get("/readyz")).status_code == 200
+        await rotate("another")
+        for page in ("/readyz", f"http://127.0.0.1:{port}/readyz"):
+            answer = await client.get(page)
+            assert answer.status_code == 503
+            assert "PostgreSQL" in answer.json()["checks"]["database"]
+        answer = await client.get("/orders")
+        assert (answer.status_code, answer.json()["code"]) == (503, "DatabaseUnavailable")
+        assert "retry-after" in answer.headers
+        await rotate("s3cret/@:")
+        assert (await client.get("/orders")).status_code == 200
+
+
 async def test_both_drivers_check_the_servers_certificate(guarded: Guarded, tmp_path: Path) -> None:
     """`sslmode` and `sslrootcert` in the URL, against a server with TLS in front of ours, which has none."""
     certificate, key = make_certificate(tmp_path / "ours")
@@ -455,13 +485,16 @@ async def test_both_drivers_check_the_servers_certificate(guarded: Guarded, tmp_
         with pytest.raises(sqlalchemy.exc.OperationalError, match="certificate verify failed"):
             await asyncio.to_thread(db.migrate, guarded.url(guarded.owner, other, port))
         async with pool_of(guarded.url(guarded.app, other, port)) as pool:
-            with pytest.raises(ssl.SSLCertVerificationError):
+            with pytest.raises(DatabaseUnavailable, match="SSLCertVerificationError") as refused:
                 await db.schema_version(pool)
+            assert db.is_refusal(refused.value)
     with pytest.raises(sqlalchemy.exc.OperationalError, match="does not support SSL"):
         await asyncio.to_thread(db.migrate, guarded.url(guarded.owner, "sslmode=require"))
     async with pool_of(guarded.url(guarded.app, "sslmode=require")) as pool:
-        with pytest.raises(ConnectionError, match="rejected SSL"):
+        with pytest.raises(DatabaseUnavailable) as refused:
             await db.schema_version(pool)
+        assert "rejected SSL" in db.reason(refused.value)
+        assert db.is_refusal(refused.value)
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
