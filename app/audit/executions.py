@@ -33,7 +33,7 @@ class Fate:
 
     @property
     def running(self) -> bool:
-        """Somebody is still at work. Also where the status is one that this code does not know yet: it has not ended."""
+        """Somebody is still at work. Also with a status that this code does not know yet: it has not ended."""
         return self.status is WorkflowExecutionStatus.RUNNING or (self.status is not None and self.closed_at is None)
 
     @property
