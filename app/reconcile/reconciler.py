@@ -128,22 +128,28 @@ class Reconciler:
         except TrellisError as error:
             repair.detail = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the other orders get their turn
-            self._hear(error)
-            repair.detail, repair.defect = _told(error), True
+            repair.defect = not self._is_silence(error)
+            repair.detail = _told(error)
             # Without the traceback, which would quote the error.
             log.warning("an order cannot be reconciled", order_id=order_id, error=repair.detail, at=_place(error))
         else:
             self._silences = 0
         self._add(repair)
 
-    def _hear(self, error: Exception) -> None:
-        """Raises the error if it is not this order's: nothing answers any more, or never will."""
+    def _is_silence(self, error: Exception) -> bool:
+        """Whether PostgreSQL or Temporal did not answer: then the next pass will find the order.
+
+        Raises:
+            Exception: the error, if it is not this order's: nothing answers any more, or never will.
+        """
         if isinstance(error, RPCError) and temporal.is_namespace_missing(error):
             raise error
         lost = isinstance(error, (RPCError, RuntimeError)) and temporal.is_unavailable(error)
-        self._silences = self._silences + 1 if lost or isinstance(error, db.UNAVAILABLE) else 0
+        silent = lost or isinstance(error, db.UNAVAILABLE)
+        self._silences = self._silences + 1 if silent else 0
         if self._silences >= _SILENCES:
             raise error
+        return silent
 
     def _add(self, repair: Repair) -> None:
         self._report.add(repair)
@@ -164,7 +170,7 @@ class Reconciler:
                 self._silences = 0
                 continue
             except (RPCError, RuntimeError) as error:
-                self._hear(error)
+                self._is_silence(error)
             else:
                 self._silences = 0
                 unknown += fates[0].status is None
