@@ -113,6 +113,12 @@ class ServiceUnavailable(TrellisError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
+class WrongNamespace(TrellisError):
+    """This database belongs to another Temporal namespace"""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
 # --- what must not happen ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +59,7 @@ def audit(
     """
     from app import db
     from app.audit.auditor import Options
-    from app.errors import InvalidRequest
+    from app.errors import InvalidRequest, WrongNamespace
     from app.settings import load
 
     if kinds:
@@ -69,7 +70,7 @@ def audit(
     try:
         # Beside a process that serves metrics, as in its container, the port is taken.
         report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options, timeout))
-    except InvalidRequest as error:
+    except (InvalidRequest, WrongNamespace) as error:
         typer.echo(f"trellis: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from None
     except db.UNAVAILABLE as error:
@@ -88,8 +89,20 @@ async def _audit(settings: Settings, partners: Partners, temporal: bool, options
     from app.wiring import open_services
 
     async with open_services(settings) as services:
+        if temporal:
+            await _require_own(services)
         books = BooksRepository(services.pool, timeout)
         return await Auditor(books, asked_of(services, partners, temporal=temporal), options).run()
+
+
+async def _require_own(services: Services) -> None:
+    from temporalio.service import RPCError
+
+    from app.identity import Identity
+
+    # A Temporal that does not answer makes the audit incomplete, and the report says so.
+    with contextlib.suppress(RPCError, RuntimeError):
+        await Identity(services.pool, services.temporal).require()
 
 
 def asked_of(services: Services, partners: Partners, *, temporal: bool) -> Sources:

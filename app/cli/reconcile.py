@@ -50,7 +50,7 @@ def reconcile(
     from temporalio.service import RPCError
 
     from app import db
-    from app.errors import InvalidRequest
+    from app.errors import InvalidRequest, WrongNamespace
     from app.reconcile.models import ReconcileRequest
     from app.settings import load
 
@@ -64,11 +64,11 @@ def reconcile(
             asyncio.run(_schedule(settings, request, every))
             raise typer.Exit(ExitCode.OK)
         report = asyncio.run(_reconcile(settings, request))
-    except InvalidRequest as error:
+    except (InvalidRequest, WrongNamespace) as error:
         typer.echo(f"trellis: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from None
     except (RPCError, *db.UNAVAILABLE) as error:
-        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({type(error).__name__})", err=True)
+        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({_told(error)})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None
     if as_json:
         output.as_json(report.model_dump(mode="json"))
@@ -105,6 +105,15 @@ def _print(report: ReconcileReport, *, apply: bool) -> None:
     summary = f"{report.looked_at} orders looked at, {report.settled} settled, {report.left} left"
     summary += f", {report.defects} of them for a person" if report.defects else ""
     output.remark(summary if apply else f"{summary} (a dry run: repeat with --apply)")
+
+
+def _told(error: Exception) -> str:
+    from temporalio.service import RPCError
+
+    from app import temporal
+
+    missing = isinstance(error, RPCError) and temporal.is_namespace_missing(error)
+    return "there is no such namespace" if missing else type(error).__name__
 
 
 def _outcome(repair: Repair) -> str:

@@ -58,6 +58,8 @@ log = structlog.get_logger(__name__)
 class Tools:
     """What a reconciler works with: the features' own parts."""
 
+    #: Raises `WrongNamespace` if Temporal is another system's.
+    require_own: Callable[[], Awaitable[None]]
     left: LeftBehind
     books: BooksRepository
     executions: Executions
@@ -96,10 +98,12 @@ class Reconciler:
         """The pass. What is wrong with one order is in the report, and holds no other up.
 
         Raises:
+            WrongNamespace: it is another system's Temporal.
             InvalidRequest: this Temporal knows too few of the orders: most likely it is the wrong one.
             Exception: PostgreSQL or Temporal does not answer; what was settled stays settled.
         """
         tools, request = self._tools, self._request
+        await tools.require_own()
         for order_id in await self._orphans():
             await self._one(order_id, partial(self._plan_open, order_id))
         async for page in _in_pages(tools.executions.closed_orders(_BROKEN_ENDS)):
