@@ -54,6 +54,8 @@ def reconcile(
     from app.reconcile.models import ReconcileRequest
     from app.settings import load
 
+    if every is not None and accept_unknown:
+        raise typer.BadParameter("--accept-unknown is for one pass, not for every pass of a schedule")
     request = ReconcileRequest(
         apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle, accept_unknown=accept_unknown
     )

@@ -106,12 +106,13 @@ class Reconciler:
         await tools.require_own()
         for order_id in await self._orphans():
             await self._one(order_id, partial(self._plan_open, order_id))
+        async for order_id in _pages(tools.left.in_doubt, request.settle_seconds):
+            await self._one(order_id, partial(self._plan_doubt, order_id))
+        # Last, as it takes Temporal's list of workflows: a store of its own, which may be down by itself.
         async for page in _in_pages(tools.executions.closed_orders(_BROKEN_ENDS)):
             missing = await tools.books.unknown([order.order_id for order in page])
             for order in {order.order_id: order for order in reversed(page) if order.order_id in missing}.values():
                 await self._one(order.order_id, partial(self._plan_missing, order))
-        async for order_id in _pages(tools.left.in_doubt, request.settle_seconds):
-            await self._one(order_id, partial(self._plan_doubt, order_id))
         return self._report
 
     # --- one order, whatever is the matter with it
@@ -150,7 +151,7 @@ class Reconciler:
             raise error
         lost = isinstance(error, (RPCError, RuntimeError)) and temporal.is_unavailable(error)
         silent = lost or isinstance(error, db.UNAVAILABLE)
-        self._silences = self._silences + 1 if silent else 0
+        self._silences = self._silences + 1 if silent or isinstance(error, RPCError) else 0
         if self._silences >= _SILENCES:
             raise error
         return silent
