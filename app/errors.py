@@ -124,6 +124,12 @@ class TimedOut(ServiceUnavailable):
     """The attempt ran out of time"""
 
 
+class WrongNamespace(TrellisError):
+    """This database belongs to another Temporal namespace"""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
 # --- what must not happen ----------------------------------------------------------------------------------
 
 

@@ -28,7 +28,8 @@ from starlette.routing import Route
 from temporalio.service import RPCError
 
 from app import db, deployment, temporal
-from app.errors import TrellisError
+from app.errors import TrellisError, WrongNamespace
+from app.identity import Identity
 from app.metrics import REGISTRY
 
 if TYPE_CHECKING:
@@ -182,8 +183,19 @@ def require_servers(readiness: Readiness, pool: asyncpg.Pool, client: Client) ->
         if version is None or version < db.SCHEMA_VERSION:
             raise NotReady(f"the schema is at {version}, {db.SCHEMA_VERSION} is needed: trellis migrate")
 
+    identity = Identity(pool, client)
+
+    async def namespace() -> None:
+        await temporal.check(client)
+        try:
+            await identity.require()
+        except WrongNamespace as error:
+            raise NotReady(str(error)) from None
+        except db.UNAVAILABLE:
+            pass  # that is for the other check to tell
+
     readiness.require("database", database)
-    readiness.require("temporal", lambda: temporal.check(client))
+    readiness.require("temporal", namespace)
 
 
 def require_polling(readiness: Readiness, worker: Worker) -> None:

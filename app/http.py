@@ -19,6 +19,7 @@ from temporalio.service import RPCError
 
 from app import db, health, metrics, temporal, tracing
 from app.errors import DatabaseUnavailable, TrellisError
+from app.identity import Identity
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
 from app.order.feed import EventFeed
@@ -57,6 +58,7 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
             feed = EventFeed(repository)
             service = OrderService(settings, repository, services.temporal)
             app.state.services = services
+            app.state.identity = Identity(services.pool, services.temporal)
             app.state.readiness = health.Readiness()
             for readiness in (app.state.readiness, services.readiness):
                 health.require_servers(readiness, services.pool, services.temporal)
@@ -79,7 +81,7 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         # FastAPI's own telemetry would double ours.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.include_router(orders_router, dependencies=[Depends(_name_order)])
+    app.include_router(orders_router, dependencies=[Depends(_name_order), Depends(_refuse_for_others)])
     _add_health(app)
     _add_problems(app)
     app.add_middleware(BodyLimit)
@@ -94,6 +96,12 @@ async def _name_order(request: Request) -> None:
     if order_id is not None:
         structlog.contextvars.bind_contextvars(order_id=order_id)
         tracing.describe(order_id=order_id)
+
+
+async def _refuse_for_others(request: Request) -> None:
+    """Lets no order be started or changed in another system's Temporal."""
+    if request.method not in {"GET", "HEAD"}:
+        await request.app.state.identity.require()
 
 
 # --- health
@@ -179,6 +187,9 @@ async def _http_problem(_: Request, error: Exception) -> ProblemResponse:
 
 async def _temporal_problem(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RPCError)  # noqa: S101
+    if temporal.is_namespace_missing(error):
+        log.error("Temporal has no such namespace", error=error.message)
+        return problem(503, "Temporal has no such namespace", _AGAIN, code="NamespaceNotFound")
     if temporal.is_unavailable(error):
         log.warning("Temporal did not answer", status=error.status.name)
         return problem(503, "Temporal did not answer", _AGAIN, code="TemporalUnavailable")

@@ -87,6 +87,12 @@ REFUNDS: Final = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+RECONCILED: Final = Counter(
+    "trellis_reconciled_orders_total",
+    "Orders that were found left behind, by what became of them. `defect`: something unexpected stands in the way.",
+    ["outcome"],
+    registry=REGISTRY,
+)
 HTTP_DURATION: Final = Histogram(
     "http_server_request_duration_seconds",
     "Time to answer a request; of an event stream, to its first byte.",
@@ -112,6 +118,7 @@ ATTEMPT_OUTCOMES: Final = ("success", "retry", "failure")
 SIGNAL_OUTCOMES: Final = ("accepted", "ignored", "refused")
 CUSTOMER_SIGNALS: Final = ("approve", "cancel", "address")
 REFUND_OUTCOMES: Final = ("succeeded", "refused")
+RECONCILE_OUTCOMES: Final = ("settled", "left", "defect")
 
 
 def _names_of_errors(kind: type[errors.TrellisError]) -> Iterator[str]:
@@ -142,6 +149,8 @@ def _start_at_zero() -> None:
         PAYMENTS.labels(status)
     for outcome in REFUND_OUTCOMES:
         REFUNDS.labels(outcome)
+    for outcome in RECONCILE_OUTCOMES:
+        RECONCILED.labels(outcome)
     for signal in CUSTOMER_SIGNALS:
         for outcome in SIGNAL_OUTCOMES:
             SIGNALS.labels(signal, outcome)
@@ -177,6 +186,11 @@ def payment_entered(status: PaymentStatus) -> None:
 def signalled(signal: str, outcome: str) -> None:
     """Count what became of a signal."""
     SIGNALS.labels(signal, outcome).inc()
+
+
+def reconciled(outcome: str) -> None:
+    """Count an order that a pass of `trellis reconcile` found left behind."""
+    RECONCILED.labels(outcome).inc()
 
 
 # --- attempts

@@ -57,6 +57,17 @@ def is_unavailable(error: RPCError | RuntimeError) -> bool:
     return any(words in str(error) for words in _LOST)
 
 
+def is_not_found(error: RPCError) -> bool:
+    """Whether the workflow (or schedule) that was asked for is not there; False where it is the namespace that is not,
+    which Temporal tells with the same status."""
+    return error.status is RPCStatusCode.NOT_FOUND and not is_namespace_missing(error)
+
+
+def is_namespace_missing(error: RPCError) -> bool:
+    """Whether there is no such namespace. Told by the detail of the error, which has the same status as others."""
+    return any(detail.type_url.endswith("NamespaceNotFoundFailure") for detail in error.grpc_status.details)
+
+
 #: What the SDK's errors without a status say of a connection that is not there, or of a status that means "later".
 _LOST: Final = (
     "Failed client connect",

@@ -46,8 +46,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             settings=settings,
             pool=pool,
             temporal=await temporal.connect(settings),
-            gateway=HttpPaymentGateway(partners.payment),
-            carrier=HttpCarrier(partners.carrier),
+            gateway=HttpPaymentGateway(partners.payment, shows_ledger=not settings.payment_url),
+            carrier=HttpCarrier(partners.carrier, shows_ledger=not settings.carrier_url),
         )
         await stack.enter_async_context(health.serving(settings, services.readiness))
         yield services

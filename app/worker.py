@@ -12,7 +12,7 @@ import structlog
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from app import db, deployment, gauges, health, metrics, temporal, workflow_runner
+from app import db, deployment, gauges, health, identity, metrics, temporal, workflow_runner
 from app.events import AttemptLog
 from app.interceptors import AttemptInterceptor
 
@@ -124,3 +124,4 @@ async def _read_gauges(settings: Settings) -> None:
 
 async def _wait_for_servers(services: Services) -> None:
     await asyncio.gather(db.wait_until_migrated(services.pool), temporal.wait_until_serving(services.temporal))
+    await identity.wait_until_ours(identity.Identity(services.pool, services.temporal))

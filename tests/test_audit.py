@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from temporalio.common import WorkflowIDReusePolicy
 
+from app import db
 from app.audit.auditor import Auditor, Options, Sources
-from app.audit.models import MEANING, Kind, OrderBooks
-from app.audit.partners import GatewayBooks, LedgerBooks
-from app.audit.repository import BooksRepository
+from app.audit.models import MEANING, Kind, Movements, Page, Parcel, ParcelState, Report
+from app.audit.models import Movement as Moved
+from app.audit.partners import CarrierLedger, GatewayBooks, LedgerBooks, ProviderLedger
+from app.audit.repository import TIMELINE_ROWS, BooksRepository
+from app.cli.audit import Partners, _exit_code, asked_of
+from app.cli.client import ExitCode
+from app.errors import CarrierUnavailable, InvalidRequest, PaymentUnavailable
 from app.order.models import CloseOrder
 from app.order.repository import OrderRepository
 from app.order.workflows import OrderWorkflow
+from app.payment.gateway import Receipt
+from app.payment.http_gateway import HttpPaymentGateway
+from app.settings import Settings
+from app.shipping.http_carrier import HttpCarrier
 from app.steps import Step
 from app.wiring import Services
-from tests.bookkeeping import OnlyMine, Shop, opened_shop
+from tests.bookkeeping import USD, OnlyMine, Shop, opened_shop
+from tests.many_orders import fill
 
 
 @pytest.fixture
@@ -193,7 +207,7 @@ async def test_planted_violation_is_seen(shop: Shop, kind: Kind, plant: Plant) -
 
 
 def test_every_kind_is_planted_and_explained() -> None:
-    elsewhere = {Kind.OPEN_WITHOUT_WORKFLOW}
+    elsewhere = {Kind.OPEN_WITHOUT_WORKFLOW, Kind.UNREADABLE}
     assert {kind for kind, _ in PLANTED} | elsewhere == set(Kind) == set(MEANING)
 
 
@@ -224,7 +238,7 @@ async def test_what_is_being_written_is_looked_at_again(shop: Shop) -> None:
     await shop.sql("DELETE FROM events WHERE type = 'shipped'")
 
     class Mended(BooksRepository):
-        async def again(self, order_ids: list[str]) -> list[OrderBooks]:
+        async def again(self, order_ids: list[str]) -> Page:
             await shop.sql("INSERT INTO events (order_id, type, key) VALUES ('o', 'shipped', 'shipped')")
             return await super().again(order_ids)
 
@@ -238,6 +252,228 @@ async def test_silent_provider_makes_the_audit_incomplete(shop: Shop) -> None:
     report = await shop.audit()
     assert not report.clean
     assert [line.split(" (")[0] for line in report.incomplete] == ["the provider did not answer"]
+
+
+# --- a source that falls silent between two looks
+
+
+class Falling:
+    """A partner that answers so many times, and then no more."""
+
+    def __init__(self, partners: Any, answers: int, error: Exception) -> None:
+        self._partners = partners
+        self._answers = answers
+        self._error = error
+
+    async def movements(self, payment_id: str) -> Any:
+        self._answer()
+        return await self._partners.movements(payment_id)
+
+    async def parcel(self, order_id: str) -> Any:
+        self._answer()
+        return await self._partners.parcel(order_id)
+
+    async def running(self, order_id: str) -> Any:
+        self._answer()
+        return await self._partners.running(order_id)
+
+    def _answer(self) -> None:
+        if self._answers == 0:
+            raise self._error
+        self._answers -= 1
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked again after a pause."""
+    monkeypatch.setattr("app.audit.auditor.ASKED_AGAIN_AFTER", (0.0, 0.0))
+
+
+async def _found(shop: Shop, sources: Sources) -> tuple[list[tuple[Kind, bool]], Report]:
+    report = await Auditor(BooksRepository(shop.pool), sources, Options(rechecks=(0.0, 0.0))).run()
+    return [(violation.kind, violation.unconfirmed) for violation in report.violations], report
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_the_provider_was_heard_to_say_once_stays(shop: Shop) -> None:
+    await _charged_twice(shop)
+    provider = Falling(shop.partners, 1, PaymentUnavailable("outage"))
+    found, report = await _found(shop, Sources(provider=provider))  # type: ignore[arg-type]
+    assert found == [(Kind.CHARGED_TWICE, True)]
+    assert len(report.incomplete) == 1
+    assert _exit_code(report) is ExitCode.ENDED_OTHERWISE
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_the_carrier_was_heard_to_say_once_stays(shop: Shop) -> None:
+    await _parcel_unsettled(shop)
+    carrier = Falling(shop.partners, 1, CarrierUnavailable("outage"))
+    found, _ = await _found(shop, Sources(carrier=carrier))  # type: ignore[arg-type]
+    assert found == [(Kind.PARCEL_UNSETTLED, True)]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_temporal_was_heard_to_say_once_stays(shop: Shop) -> None:
+    await shop.order("lonely", Step.CHARGED)
+
+    class Fading(OnlyMine):
+        asked = 0
+
+        async def running(self, order_id: str) -> bool:
+            self.asked += 1
+            if self.asked > 1:
+                raise RuntimeError("Failed client connect")
+            return await super().running(order_id)
+
+    found, _ = await _found(shop, Sources(Fading(shop.temporal, {"lonely"})))
+    assert found == [(Kind.OPEN_WITHOUT_WORKFLOW, True)]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_source_that_is_heard_again_confirms_or_clears(shop: Shop) -> None:
+    await _charged_twice(shop)
+
+    class Hiccup(Falling):
+        def _answer(self) -> None:
+            self._answers -= 1
+            if -3 <= self._answers < 0:
+                raise self._error
+
+    provider = Hiccup(shop.partners, 1, PaymentUnavailable("outage"))
+    found, report = await _found(shop, Sources(provider=provider))  # type: ignore[arg-type]
+    assert (found, report.incomplete) == ([(Kind.CHARGED_TWICE, False)], [])
+
+
+# --- what cannot be read
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "UPDATE orders SET currency = 'XXX' WHERE id = 'o'",
+        """UPDATE events SET payload_json = '{"amount": "lots"}' WHERE order_id = 'o' AND type = 'charged'""",
+    ],
+)
+async def test_what_cannot_be_read_is_reported_and_holds_nobody_up(shop: Shop, harm: str) -> None:
+    for order_id in ("a", "o", "z"):
+        await shop.order(order_id, Step.SHIPPED)
+    await shop.sql(harm, "DELETE FROM events WHERE order_id = 'z' AND type = 'charged'")
+    assert await shop.kinds(page=2) == {"o": {Kind.UNREADABLE}, "z": {Kind.EVENT_MISSING}}
+
+
+async def test_a_workflow_that_was_started_again_is_under_way(shop: Shop) -> None:
+    """An older run of the same id has ended, and the newer one has not written the order down yet."""
+    order_id = f"o-{uuid.uuid4().hex[:8]}"
+    handle = await _started(shop, order_id)
+    await handle.terminate("test")
+    await _visible(shop, order_id)
+    await _started(shop, order_id, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+    assert await shop.kinds(temporal=True) == {}
+
+
+# --- size
+
+
+async def test_no_statement_reads_more_than_a_batch(settings: Settings) -> None:
+    """However large the database: what a statement reads decides whether it ends within its time limit."""
+    asked: list[Any] = []
+
+    async def prepare(connection: asyncpg.Connection) -> None:
+        await db._prepare_connection(connection)
+        connection.add_query_logger(asked.append)
+
+    url = settings.database_url.get_secret_value()
+    connection = await asyncpg.connect(url)
+    async with asyncpg.create_pool(url, init=prepare, min_size=0) as pool:
+        await fill(connection, 11_000)
+        everything = await Auditor(BooksRepository(pool), Sources(), Options(page=2_000, rechecks=())).run()
+        since = Options(since=datetime.now(UTC) + timedelta(hours=1))
+        nothing = await Auditor(BooksRepository(pool), Sources(), since).run()
+    assert (everything.orders, everything.violations, nothing.orders) == (11_000, [], 0)
+    reads = [each for each in asked if "FROM orders" in each.query or "FROM events" in each.query]
+    for read in {each.query: each for each in reads}.values():
+        plan = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {read.query}", *read.args)
+        rows = max(_rows(json.loads(plan)[0]["Plan"]))
+        assert rows <= TIMELINE_ROWS, read.query
+    await connection.close()
+
+
+def _rows(node: dict[str, Any]) -> Iterator[float]:
+    yield node["Actual Rows"] * node["Actual Loops"] + node.get("Rows Removed by Filter", 0)
+    for each in node.get("Plans", []):
+        yield from _rows(each)
+
+
+async def test_a_read_has_the_time_limit_of_the_audit(settings: Settings) -> None:
+    """And not the one of a request: the pool's."""
+    pool = db.create_pool(settings.model_copy(update={"database_statement_timeout": 0.3}))
+    async with pool, asyncpg.create_pool(settings.database_url.get_secret_value(), min_size=0) as other:
+        async with other.acquire() as holder, holder.transaction():
+            await holder.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+            audit = asyncio.create_task(Auditor(BooksRepository(pool), Sources()).run())
+            await asyncio.sleep(0.6)
+            assert not audit.done()
+        assert (await audit).clean
+        async with other.acquire() as holder, holder.transaction():
+            await holder.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(TimeoutError):
+                await Auditor(BooksRepository(pool, seconds=0.1), Sources()).run()
+
+
+# --- whom it asks
+
+
+class InCode:
+    """A provider and carrier that somebody handed over in code: no URL, no ledger."""
+
+    async def find_charge(self, payment_id: str) -> Receipt:
+        return Receipt(reference=f"own-{payment_id}", money=USD)
+
+    async def find_refund(self, payment_id: str) -> None:
+        return None
+
+
+class InCodeWithBooks(InCode):
+    """The same, and it shows its books."""
+
+    async def movements(self, payment_id: str) -> Movements:
+        receipt = await self.find_charge(payment_id)
+        return Movements(charges=[Moved(reference=receipt.reference, money=receipt.money)])
+
+    async def parcel(self, order_id: str) -> Parcel:
+        return Parcel(state=ParcelState.TAKEN, tracking=f"trk-{order_id}")
+
+
+@pytest.mark.parametrize("partner", [InCode(), InCodeWithBooks()])
+async def test_a_provider_handed_over_in_code_is_asked_itself(shop: Shop, services: Services, partner: Any) -> None:
+    for number in range(3):
+        await shop.order(f"o-{number}", Step.SHIPPED)
+    await shop.sql(
+        "UPDATE payments SET provider_reference = 'own-' || payment_id", "UPDATE orders SET tracking = 'trk-' || id"
+    )
+    sources = asked_of(replace(services, gateway=partner, carrier=partner), Partners.AUTO, temporal=False)
+    assert (sources.carrier is partner) is isinstance(partner, InCodeWithBooks)
+    report = await Auditor(BooksRepository(shop.pool), sources, Options(rechecks=())).run()
+    assert report.clean
+
+
+async def test_the_built_in_sandbox_shows_its_ledger(shop: Shop, services: Services) -> None:
+    await _charged_twice(shop)
+    await shop.sql("DELETE FROM sandbox.parcels")
+    sources = asked_of(services, Partners.AUTO, temporal=False)
+    found, _ = await _found(shop, sources)
+    assert {kind for kind, _ in found} == {Kind.CHARGED_TWICE, Kind.PARCEL_MISSING}
+
+
+def test_a_partner_behind_a_url_is_looked_up_unless_it_is_said_to_have_a_ledger(services: Services) -> None:
+    client = services.gateway.client  # type: ignore[attr-defined]
+    real = replace(services, gateway=HttpPaymentGateway(client), carrier=HttpCarrier(client))
+    by_default = asked_of(real, Partners.AUTO, temporal=False)
+    assert (type(by_default.provider), by_default.carrier) == (GatewayBooks, None)
+    said = asked_of(real, Partners.LEDGER, temporal=False)
+    assert (type(said.provider), type(said.carrier)) == (ProviderLedger, CarrierLedger)
+    with pytest.raises(InvalidRequest, match="no ledger"):
+        asked_of(replace(services, gateway=InCode()), Partners.LEDGER, temporal=False)  # type: ignore[arg-type]
 
 
 async def test_only_what_moved_since(shop: Shop) -> None:
@@ -256,13 +492,15 @@ async def test_a_provider_without_a_ledger_is_asked_by_key(shop: Shop, services:
     assert (await books.movements("pay-nobody")).charges == []
 
 
-async def _started(shop: Shop, order_id: str) -> Any:
+async def _started(
+    shop: Shop, order_id: str, policy: WorkflowIDReusePolicy = WorkflowIDReusePolicy.REJECT_DUPLICATE
+) -> Any:
     return await shop.temporal.start_workflow(
         OrderWorkflow.run,
         shop.input(order_id),
         id=f"order/{order_id}",
         task_queue=shop.queue,
-        id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+        id_reuse_policy=policy,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -21,22 +21,30 @@ from temporalio.client import (
     WorkflowHandle,
 )
 
-from app import failpoints
+from app import events, failpoints, metrics
 from app.audit.auditor import Auditor, Options, Sources
-from app.audit.executions import Executions
+from app.audit.executions import Executions, Fate
 from app.audit.models import Kind
 from app.audit.repository import BooksRepository
-from app.errors import PaymentUnavailable
-from app.order.models import OrderInput, StartOrder
+from app.cli.client import ExitCode
+from app.cli.reconcile import _exit_code
+from app.errors import IllegalTransition, InvalidRequest, PaymentUnavailable, ShipmentRefused
+from app.money import Money
+from app.order.models import CloseOrder, OrderInput, StartOrder
 from app.order.workflows import OrderWorkflow
-from app.payment.gateway import refund_key
-from app.payment.models import ChargeRequest
+from app.payment.activities import PaymentActivities
+from app.payment.gateway import Receipt, refund_key
+from app.payment.http_gateway import HttpPaymentGateway
+from app.payment.models import ChargeRequest, RefundRequest
+from app.payment.repository import PaymentRepository, mark_charged
 from app.reconcile.models import RECONCILE_ID, ReconcileReport, ReconcileRequest
+from app.reconcile.reconciler import Reconciler
+from app.reconcile.repository import Left, LeftBehind
 from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.worker import reconciler
 from app.reconcile.workflows import ReconcileWorkflow
 from app.settings import Settings
-from app.shipping.models import Address
+from app.shipping.models import Address, Shipment
 from app.shipping.repository import ShipmentRepository
 from app.steps import Step
 from app.wiring import Services
@@ -135,7 +143,7 @@ async def test_in_the_charge_and_charged_it_is_refunded(shop: Shop, broken: Brok
     await broken.end()
     await broken.reconcile()
     assert (await broken.step(), await broken.payment()) == ("cancelled", "REFUNDED")
-    assert (await broken.told())[2:] == ["charging", "reconciled", "charged", "refunded", "cancelled"]
+    assert (await broken.told())[2:] == ["charging", "reconciled", "charged", "recalled", "refunded", "cancelled"]
 
 
 async def test_in_the_charge_and_not_charged_it_is_cancelled_and_settled_later(
@@ -248,6 +256,280 @@ async def test_a_silent_provider_leaves_it_for_the_next_pass(shop: Shop, broken:
     assert await broken.step() == "charging"
     await broken.reconcile()
     assert await broken.step() == "cancelled"
+
+
+# --- what happens while a pass is at work
+
+
+class Meanwhile(Executions):
+    """Something happens to one order between the pass's reading of its page and its look at the workflows."""
+
+    def __init__(self, temporal: Client, order_id: str, happening: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(temporal)
+        self._order_id = order_id
+        self._happening: Callable[[], Awaitable[None]] | None = happening
+
+    async def fates(self, order_id: str) -> tuple[Fate, Fate]:
+        if order_id == self._order_id and self._happening:
+            happening, self._happening = self._happening, None
+            await happening()
+        return await super().fates(order_id)
+
+
+def passing(broken: Broken, request: ReconcileRequest = NOW, **tools: Any) -> Reconciler:
+    """A pass with some of its tools replaced."""
+    one = reconciler(broken.services, request)
+    one._tools = replace(one._tools, **tools)
+    return one
+
+
+def meanwhile(broken: Broken, happening: Callable[[], Awaitable[None]]) -> Reconciler:
+    """A pass during which something happens to the order."""
+    return passing(broken, executions=Meanwhile(broken.services.temporal, broken.id, happening))
+
+
+async def test_an_order_that_was_charged_after_it_was_read_is_not_just_cancelled(shop: Shop, broken: Broken) -> None:
+    """Read in review; approved, charged and prepared, then terminated, before the pass comes to it."""
+    order = shop.input(broken.id)
+    await shop.orders.receive(order, "run")
+    await shop.orders.open_review(order)
+
+    async def approved_charged_prepared_and_terminated() -> None:
+        await shop.payments.charge(broken.charge)
+        await shop.shipping.prepare(Shipment(order_id=broken.id))
+        await broken.end()
+
+    await meanwhile(broken, approved_charged_prepared_and_terminated).run()
+    await broken.reconcile()
+    assert (await broken.step(), await broken.payment()) == ("cancelled", "REFUNDED")
+
+
+async def test_a_parcel_that_left_after_its_order_was_read_is_shipped(shop: Shop, broken: Broken) -> None:
+    """Read as charged; prepared and handed over, and the reply lost, before the pass comes to it."""
+    await at(shop, broken, "charged")
+
+    async def handed_over() -> None:
+        await shop.shipping.prepare(Shipment(order_id=broken.id))
+        await ShipmentRepository(shop.pool).begin_dispatch(broken.id)
+        await broken.services.carrier.dispatch(broken.id, None)
+        await broken.end()
+
+    await meanwhile(broken, handed_over).run()
+    assert (await broken.step(), await broken.payment()) == ("shipped", "CHARGED")
+
+
+async def test_the_parcel_of_a_charged_order_cannot_leave_once_the_refund_begins(shop: Shop, broken: Broken) -> None:
+    """A run that was started again by hand comes to the handover while the money is on its way back."""
+
+    class Late(PaymentActivities):
+        async def refund(self, request: RefundRequest) -> None:
+            with pytest.raises(ShipmentRefused):
+                await broken.services.carrier.dispatch(broken.id, None)
+            await super().refund(request)
+
+    await at(shop, broken, "charged")
+    await broken.end()
+    late = Late(PaymentRepository(shop.pool), broken.services.gateway)
+    await passing(broken, paying=late).run()
+    assert (await broken.step(), await broken.payment()) == ("cancelled", "REFUNDED")
+
+
+async def test_an_order_whose_workflow_came_back_while_the_provider_was_asked_is_left_alone(
+    shop: Shop, broken: Broken
+) -> None:
+    class Slow:
+        async def find_charge(self, payment_id: str) -> None:
+            if payment_id == broken.charge.payment_id:
+                await broken.start()
+
+    await at(shop, broken, "charging")
+    await broken.end()
+    report = await passing(broken, gateway=Slow()).run()
+    assert broken.id not in {repair.order_id for repair in report.repairs}
+    assert await broken.step() == "charging"
+
+
+async def test_a_charged_order_is_not_closed_without_a_refund(shop: Shop, broken: Broken) -> None:
+    for step in ("charged", "prepared"):
+        if step == "prepared":
+            await shop.shipping.prepare(Shipment(order_id=broken.id))
+        else:
+            await at(shop, broken, step)
+        with pytest.raises(IllegalTransition):
+            await shop.orders.close(CloseOrder(order_id=broken.id, step=Step.CANCELLED, reason="test"))
+        assert (await broken.step(), await broken.payment()) == (step, "CHARGED")
+
+
+async def test_a_charge_that_is_written_down_at_the_same_moment_wins_over_the_close(shop: Shop, broken: Broken) -> None:
+    """The close waits for the row, and must not go by what it saw before it waited."""
+    await at(shop, broken, "charging")
+    async with shop.pool.acquire() as connection, connection.transaction():
+        await events.lock(connection, broken.id)
+        close = asyncio.create_task(
+            shop.orders.close(CloseOrder(order_id=broken.id, step=Step.CANCELLED, reason="test"))
+        )
+        await until(lambda: shop.pool.fetchval(_WAITS), "the close to wait")
+        receipt = await broken.services.gateway.charge(broken.charge.payment_id, USD)
+        await mark_charged(connection, broken.charge.payment_id, receipt)
+        await events.enter(connection, broken.id, Step.CHARGED)
+    with pytest.raises(IllegalTransition):
+        await close
+    assert (await broken.step(), await broken.payment()) == ("charged", "CHARGED")
+    await broken.end()
+
+
+_WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+
+
+async def test_an_order_that_was_started_again_by_hand_is_left_alone(broken: Broken) -> None:
+    """An older run of the same id is in the list of those that ended, and there is no row yet."""
+    await broken.end()
+    await broken.start()
+    report = await broken.reconcile()
+    assert broken.id not in {repair.order_id for repair in report.repairs}
+    assert await broken.step() is None
+
+
+async def test_a_charge_that_came_through_late_is_refunded_by_a_later_pass_when_the_provider_is_silent(
+    shop: Shop, broken: Broken
+) -> None:
+    class NoRefunds(HttpPaymentGateway):
+        async def refund(self, payment_id: str, money: Money) -> Receipt:
+            raise PaymentUnavailable("outage")
+
+    await at(shop, broken, "charging")
+    await broken.end()
+    await broken.reconcile(NOW.model_copy(update={"settle_seconds": 600}))
+    await broken.services.gateway.charge(broken.charge.payment_id, USD)
+    gateway = NoRefunds(broken.services.gateway._client)  # type: ignore[attr-defined]
+    down = replace(broken.services, gateway=gateway)
+    report = await reconciler(down, NOW).run()
+    assert [repair.done for repair in report.repairs if repair.order_id == broken.id] == [False]
+    await broken.reconcile()
+    assert (await broken.step(), await broken.payment()) == ("cancelled", "REFUNDED")
+    assert len(await shop.ledger.refunds_of(broken.charge.payment_id)) == 1
+
+
+@pytest.mark.parametrize("settled", [False, True])
+async def test_an_attempt_that_finds_its_order_closed_gives_the_money_back(
+    shop: Shop, broken: Broken, settled: bool
+) -> None:
+    """It was stopped before it asked the provider, for longer than anybody waits."""
+
+    class Stopped(HttpPaymentGateway):
+        async def charge(self, payment_id: str, money: Money) -> Receipt:
+            await broken.end()
+            await broken.reconcile(NOW if settled else NOW.model_copy(update={"settle_seconds": 600}))
+            return await super().charge(payment_id, money)
+
+    await at(shop, broken, "charging")
+    gateway = Stopped(broken.services.gateway._client)  # type: ignore[attr-defined]
+    with pytest.raises(IllegalTransition):
+        await PaymentActivities(PaymentRepository(shop.pool), gateway).charge(broken.charge)
+    assert (await broken.step(), await broken.payment()) == ("cancelled", "FAILED" if settled else "REFUNDED")
+    assert len(await shop.ledger.refunds_of(broken.charge.payment_id)) == 1
+
+
+# --- what cannot be read
+
+
+async def test_a_workflow_that_cannot_be_read_holds_nobody_up(shop: Shop, broken: Broken) -> None:
+    """Started by hand with anything, and terminated. The others are settled, and the report tells of it."""
+    unreadable = f"o-{uuid.uuid4().hex[:8]}"
+    doubtful, paid = f"o-{uuid.uuid4().hex[:8]}", broken.services.gateway
+    await shop.order(doubtful, Step.CHARGING)
+    await shop.orders.close(CloseOrder(order_id=doubtful, step=Step.CANCELLED, reason="test"))
+    await paid.charge(f"pay-{doubtful}", USD)
+    await broken.end()  # before: the list is newest first
+    handle = await broken.services.temporal.start_workflow(
+        "OrderWorkflow", {}, id=f"order/{unreadable}", task_queue="nobody"
+    )
+    await handle.terminate("test")
+    await until(lambda: _listed(broken, unreadable), "the list of workflows")
+    before = _counted("defect")
+    for apply in (False, True):
+        report = await broken.reconcile(NOW.model_copy(update={"apply": apply}))
+        defects = [repair for repair in report.repairs if repair.order_id == unreadable]
+        assert [(repair.defect, repair.done) for repair in defects] == [(True, False)]
+        assert report.defects >= 1
+    assert _counted("defect") >= before + 2
+    assert await broken.told() == ["received", "reconciled", "cancelled"]
+    assert await shop.pool.fetchval("SELECT status FROM payments WHERE order_id = $1", doubtful) == "REFUNDED"
+
+
+async def test_a_row_that_cannot_be_read_holds_nobody_up(shop: Shop, broken: Broken) -> None:
+    """Written by hand, in a currency that nobody knows."""
+    await at(shop, broken, "charged")
+    await broken.end()
+    await shop.order("0-unreadable", Step.RECEIVED)
+    await shop.sql("UPDATE orders SET currency = 'XXX' WHERE id = '0-unreadable'")
+    report = await broken.reconcile(NOW.model_copy(update={"accept_unknown": True}))
+    assert [repair.order_id for repair in report.repairs if repair.defect and "0-" in repair.order_id] == [
+        "0-unreadable"
+    ]
+    assert await broken.step() == "cancelled"
+    await shop.sql("UPDATE orders SET currency = 'USD' WHERE id = '0-unreadable'")
+
+
+async def test_a_row_that_somebody_holds_is_left_and_the_pass_goes_on(shop: Shop, broken: Broken) -> None:
+    """One time-out is one order's; several in a row are PostgreSQL's, and end the pass."""
+
+    class Held(LeftBehind):
+        async def look(self, order_id: str) -> Left | None:
+            if order_id == "0-held":
+                raise TimeoutError
+            return await super().look(order_id)
+
+    await at(shop, broken, "charged")
+    await broken.end()
+    await shop.order("0-held", Step.RECEIVED)
+    request = NOW.model_copy(update={"accept_unknown": True})
+    report = await passing(broken, request, left=Held(shop.pool)).run()
+    assert [repair.detail for repair in report.repairs if repair.order_id == "0-held"] == ["TimeoutError"]
+    assert await broken.step() == "cancelled"
+
+
+async def test_a_database_that_is_gone_ends_the_pass(shop: Shop, broken: Broken) -> None:
+    class Gone(LeftBehind):
+        async def look(self, order_id: str) -> Left | None:
+            raise ConnectionError
+
+    for number in range(5):
+        await shop.order(f"o-{number}", Step.RECEIVED)
+    with pytest.raises(ConnectionError):
+        await passing(broken, NOW.model_copy(update={"accept_unknown": True}), left=Gone(shop.pool)).run()
+
+
+def test_the_exit_code_tells_of_defects() -> None:
+    assert _exit_code(ReconcileReport()) is ExitCode.OK
+    assert _exit_code(ReconcileReport(left=1)) is ExitCode.ENDED_OTHERWISE
+    assert _exit_code(ReconcileReport(left=1, defects=1)) is ExitCode.REFUSED
+
+
+def _counted(outcome: str) -> float:
+    return metrics.REGISTRY.get_sample_value("trellis_reconciled_orders_total", {"outcome": outcome}) or 0.0
+
+
+async def _listed(broken: Broken, order_id: str) -> bool:
+    return order_id in await broken._closed()
+
+
+# --- a Temporal that does not know our orders
+
+
+async def test_orders_that_temporal_does_not_know_are_asked_about_first(shop: Shop, broken: Broken) -> None:
+    """Another environment's namespace knows orders, only not ours."""
+    await at(shop, broken, "charged")
+    await broken.end()
+    for number in range(3):
+        await shop.order(f"unknown-{number}", Step.CHARGED)
+    with pytest.raises(InvalidRequest, match="3 of 4 open orders"):
+        await broken.reconcile()
+    assert await broken.step() == "charged"
+    await broken.reconcile(NOW.model_copy(update={"accept_unknown": True}))
+    assert await broken.step() == "cancelled"
+    steps = await shop.pool.fetch("SELECT DISTINCT state FROM orders WHERE id LIKE 'unknown%'")
+    assert [row["state"] for row in steps] == ["cancelled"]
 
 
 # --- the shipment and its order, ended by force one after the other

@@ -354,6 +354,16 @@ async def test_outage_stops_one_partner_in_every_process(client: httpx.AsyncClie
     assert code(wrong) == (400, "invalid_request")
 
 
+async def test_a_look_up_that_lags_behind_does_not_know_of_young_charges(client: httpx.AsyncClient) -> None:
+    await charge(client, "pay-1")
+    await client.post("/payments/sandbox/lag", json={"seconds": 60})
+    assert code(await client.get("/payments/v1/charges/pay-1")) == (404, "charge_not_found")
+    assert len((await books(client, "pay-1"))["charges"]) == 1  # it is only the look-up
+    assert (await charge(client, "pay-1")).headers["idempotent-replayed"] == "true"
+    await client.post("/payments/sandbox/lag", json={"seconds": 0})
+    assert (await client.get("/payments/v1/charges/pay-1")).status_code == 200
+
+
 async def test_outage_of_the_carrier_ends_by_itself(client: httpx.AsyncClient) -> None:
     await client.post("/carrier/sandbox/outage", json={"seconds": 60})
     down = await dispatch(client, "o-1")

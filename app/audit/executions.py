@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from temporalio.client import WorkflowExecutionStatus
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RPCError
 
 from app.order.models import OrderInput, order_workflow_id
 from app.shipping.models import shipping_workflow_id
+from app.temporal import is_not_found
 
 if TYPE_CHECKING:
     from temporalio.client import Client
@@ -32,8 +33,8 @@ class Fate:
 
     @property
     def running(self) -> bool:
-        """Somebody is still at work."""
-        return self.status is WorkflowExecutionStatus.RUNNING
+        """Somebody is still at work. Also with a status that this code does not know yet: it has not ended."""
+        return self.status is WorkflowExecutionStatus.RUNNING or (self.status is not None and self.closed_at is None)
 
     @property
     def told(self) -> str:
@@ -58,17 +59,13 @@ class Executions:
         self._temporal = temporal
 
     async def fates(self, order_id: str) -> tuple[Fate, Fate]:
-        """Of the order's workflow, and of its shipment's."""
+        """Of the order's workflow, and of its shipment's: of the latest run of each, which a reset or a start by hand
+        makes anew."""
         return await self._fate(order_workflow_id(order_id)), await self._fate(shipping_workflow_id(order_id))
 
     async def running(self, order_id: str) -> bool:
         """Whether anything is still at work on the order."""
         return any(fate.running for fate in await self.fates(order_id))
-
-    async def knows_any_order(self) -> bool:
-        """False for a namespace in which no order was ever started: most likely the wrong one."""
-        counted = await self._temporal.count_workflows("WorkflowType = 'OrderWorkflow'", rpc_timeout=_TIMEOUT)
-        return counted.count > 0
 
     async def closed_orders(self, ends: Sequence[str] = ()) -> AsyncIterator[ClosedOrder]:
         """All that Temporal still remembers, newest first; with `ends`, only those that ended so."""
@@ -99,7 +96,7 @@ class Executions:
         try:
             description = await self._temporal.get_workflow_handle(workflow_id).describe(rpc_timeout=_TIMEOUT)
         except RPCError as error:
-            if error.status is RPCStatusCode.NOT_FOUND:
+            if is_not_found(error):
                 return Fate(None)
             raise
         return Fate(description.status, description.close_time)

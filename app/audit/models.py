@@ -34,6 +34,7 @@ class Kind(StrEnum):
     ORDER_MISSING = "order_missing"
     PARCEL_UNSETTLED = "parcel_unsettled"
     PARCEL_MISSING = "parcel_missing"
+    UNREADABLE = "unreadable"
 
 
 #: What each kind means, for people; `trellis audit --kinds` prints it.
@@ -55,6 +56,7 @@ MEANING: Final[dict[Kind, str]] = {
     Kind.ORDER_MISSING: "a workflow or a timeline tells of an order that has no row",
     Kind.PARCEL_UNSETTLED: "the carrier has the parcel, and the order was closed as not shipped",
     Kind.PARCEL_MISSING: "the order is shipped, and the carrier does not have the parcel, or under another id",
+    Kind.UNREADABLE: "somebody wrote a row or an event that cannot be read as an order's",
 }
 
 
@@ -64,6 +66,9 @@ class Violation(BaseModel):
     kind: Kind
     order_id: str
     detail: str = Field(description="Ids, steps and amounts; never an address or a name.")
+    unconfirmed: bool = Field(
+        False, description="Seen once; at the second look, whoever has to be asked about it did not answer."
+    )
 
 
 class Report(BaseModel):
@@ -122,6 +127,14 @@ class OrderBooks(BaseModel):
     def version(self) -> tuple[Step, datetime, str | None]:
         """Differs when the order has moved."""
         return self.step, self.step_since, self.payment.status if self.payment else None
+
+
+class Page(BaseModel):
+    """Some orders' books."""
+
+    books: list[OrderBooks] = []
+    #: Orders whose rows cannot be read, with the kind of error.
+    unreadable: dict[str, str] = {}
 
 
 class Movement(BaseModel):

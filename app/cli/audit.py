@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import contextlib
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +35,8 @@ def audit(
         Partners,
         typer.Option(
             help="How to ask provider and carrier. `ledger`: their /v1/ledger, as the sandbox has one; `lookup`: the "
-            "provider by idempotency key, the carrier not at all; `none`; `auto`: `ledger` for the built-in sandbox, "
-            "else `lookup`."
+            "provider by idempotency key, the carrier not at all; `none`; `auto`: whatever those that are in use show: "
+            "the built-in sandbox a ledger, others `lookup`."
         ),
     ] = Partners.AUTO,
     temporal: Annotated[bool, typer.Option("--temporal/--no-temporal", help="Ask Temporal, too.")] = True,
@@ -46,6 +45,7 @@ def audit(
     ] = None,
     settle: Annotated[float, typer.Option(help="Seconds a closed order's payment may be in doubt.", min=0)] = 900,
     page: Annotated[int, typer.Option(help="Orders that are read at a time.", min=1, max=10_000)] = 500,
+    timeout: Annotated[float, typer.Option(help="Seconds one read of the tables may take.", min=0.1)] = 60,
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of violation, and do nothing.")] = False,
 ) -> None:
     """Compare orders, payments, events, the partners' ledgers and Temporal; report every contradiction.
@@ -53,11 +53,13 @@ def audit(
     Changes nothing, and may run beside a working system: an order that moves is looked at again before it is
     reported.
 
-    Exit codes: 0 everything was looked at and is right; 1 violations; 2 wrong usage; 4 incomplete: something did not
-    answer, and nothing wrong was found in the rest.
+    Exit codes: 0 everything was looked at and is right; 1 violations, also those that could not be looked at a second
+    time and are marked unconfirmed; 2 wrong usage; 4 incomplete: something did not answer, and nothing wrong was found
+    in the rest.
     """
     from app import db
     from app.audit.auditor import Options
+    from app.errors import InvalidRequest, WrongNamespace
     from app.settings import load
 
     if kinds:
@@ -67,7 +69,10 @@ def audit(
     options = Options(since=began, page=page, settle_seconds=settle)
     try:
         # Beside a process that serves metrics, as in its container, the port is taken.
-        report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options))
+        report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options, timeout))
+    except (InvalidRequest, WrongNamespace) as error:
+        typer.echo(f"trellis: {error}", err=True)
+        raise typer.Exit(ExitCode.USAGE) from None
     except db.UNAVAILABLE as error:
         typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None
@@ -78,43 +83,71 @@ def audit(
     raise typer.Exit(_exit_code(report))
 
 
-async def _audit(settings: Settings, partners: Partners, temporal: bool, options: Options) -> Report:
+async def _audit(settings: Settings, partners: Partners, temporal: bool, options: Options, timeout: float) -> Report:
     from app.audit.auditor import Auditor
     from app.audit.repository import BooksRepository
     from app.wiring import open_services
 
-    async with open_services(settings) as services, _sources(services, partners, temporal) as sources:
-        return await Auditor(BooksRepository(services.pool), sources, options).run()
+    async with open_services(settings) as services:
+        if temporal:
+            await _require_own(services)
+        books = BooksRepository(services.pool, timeout)
+        return await Auditor(books, asked_of(services, partners, temporal=temporal), options).run()
 
 
-@asynccontextmanager
-async def _sources(services: Services, partners: Partners, temporal: bool) -> AsyncIterator[Sources]:
+async def _require_own(services: Services) -> None:
+    from temporalio.service import RPCError
+
+    from app.identity import Identity
+
+    # A Temporal that does not answer makes the audit incomplete, and the report says so.
+    with contextlib.suppress(RPCError, RuntimeError):
+        await Identity(services.pool, services.temporal).require()
+
+
+def asked_of(services: Services, partners: Partners, *, temporal: bool) -> Sources:
+    """Whom to ask: the partners that are wired, whatever they are.
+
+    Raises:
+        InvalidRequest: a ledger is asked for, and a partner has none.
+    """
     from app.audit.auditor import Sources
     from app.audit.executions import Executions
-    from app.audit.partners import GatewayBooks, LedgerBooks
-    from app.partners import open_partners
+    from app.audit.partners import (
+        CarrierLedger,
+        GatewayBooks,
+        ProviderLedger,
+        books_of_carrier,
+        books_of_provider,
+        ledger_of,
+    )
 
     executions = Executions(services.temporal) if temporal else None
-    built_in = not (services.settings.payment_url or services.settings.carrier_url)
-    if partners is Partners.LEDGER or (partners is Partners.AUTO and built_in):
-        async with open_partners(services.settings) as opened:
-            books = LedgerBooks(opened.payment, opened.carrier)
-            yield Sources(executions, provider=books, carrier=books)
-    elif partners is Partners.NONE:
-        yield Sources(executions)
-    else:
-        yield Sources(executions, provider=GatewayBooks(services.gateway))
+    gateway, carrier = services.gateway, services.carrier
+    match partners:
+        case Partners.AUTO:
+            return Sources(executions, books_of_provider(gateway), books_of_carrier(carrier))
+        case Partners.LEDGER:
+            return Sources(executions, ProviderLedger(ledger_of(gateway)), CarrierLedger(ledger_of(carrier)))
+        case Partners.LOOKUP:
+            return Sources(executions, GatewayBooks(gateway))
+        case Partners.NONE:
+            return Sources(executions)
 
 
 def _print(report: Report) -> None:
     if report.violations:
-        rows = [(violation.kind, violation.order_id, violation.detail) for violation in report.violations]
+        rows = [
+            (violation.kind, violation.order_id, f"{'UNCONFIRMED: ' * violation.unconfirmed}{violation.detail}")
+            for violation in report.violations
+        ]
         output.table(("VIOLATION", "ORDER", "DETAIL"), rows)
     for reason in report.incomplete:
         output.remark(f"incomplete: {reason}")
+    unconfirmed = sum(violation.unconfirmed for violation in report.violations)
     output.remark(
         f"{report.orders} orders, {report.payments} payments at the provider, {report.workflows} closed workflows: "
-        f"{len(report.violations)} violations"
+        f"{len(report.violations)} violations" + (f", {unconfirmed} unconfirmed" if unconfirmed else "")
     )
 
 

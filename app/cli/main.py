@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 
 import typer
 
-from app.cli import deployment, order, serve
+from app.cli import deployment, namespace, order, serve
 from app.cli.audit import audit
 from app.cli.client import EXIT_CODES
 from app.cli.demo import demo
@@ -38,6 +38,7 @@ app.command()(audit)
 app.command()(reconcile)
 app.add_typer(order.app, name="order")
 app.add_typer(deployment.app, name="deployment")
+app.add_typer(namespace.app, name="namespace")
 app.command(epilog=EXIT_CODES)(demo)
 app.command(epilog=EXIT_CODES)(load)
 

@@ -12,7 +12,7 @@ from app.cli import output
 from app.cli.client import AsJson, ExitCode
 
 if TYPE_CHECKING:
-    from app.reconcile.models import ReconcileReport, ReconcileRequest
+    from app.reconcile.models import ReconcileReport, ReconcileRequest, Repair
     from app.settings import Settings
 
 
@@ -28,6 +28,14 @@ def reconcile(
     every: Annotated[
         float | None, typer.Option(help="Keep a Temporal schedule that does this every so many seconds; 0 removes it.")
     ] = None,
+    accept_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--accept-unknown",
+            help="Settle although Temporal does not know more than a small share of the open orders: their workflows "
+            "are lost, and it is not the wrong Temporal.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring orders whose workflow is gone to a correct end: refund, cancel, or shipped if the carrier has the parcel.
@@ -36,16 +44,21 @@ def reconcile(
     `reconciled`; docs/reliability.md says what is done from which step.
 
     Exit codes: 0 nothing is left to do; 1 something is (in a dry run: would be done); 2 wrong usage, or a Temporal
-    that knows no order; 4 PostgreSQL or Temporal did not answer.
+    that knows too few of the orders; 3 something unexpected stands in the way of an order, which is for a person; 4
+    PostgreSQL or Temporal did not answer.
     """
     from temporalio.service import RPCError
 
     from app import db
-    from app.errors import InvalidRequest
+    from app.errors import InvalidRequest, WrongNamespace
     from app.reconcile.models import ReconcileRequest
     from app.settings import load
 
-    request = ReconcileRequest(apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle)
+    if every is not None and accept_unknown:
+        raise typer.BadParameter("--accept-unknown is for one pass, not for every pass of a schedule")
+    request = ReconcileRequest(
+        apply=apply or every is not None, grace_seconds=grace, settle_seconds=settle, accept_unknown=accept_unknown
+    )
     # Beside a process that serves metrics, as in its container, the port is taken.
     settings = load(metrics_port=0)
     try:
@@ -53,17 +66,17 @@ def reconcile(
             asyncio.run(_schedule(settings, request, every))
             raise typer.Exit(ExitCode.OK)
         report = asyncio.run(_reconcile(settings, request))
-    except InvalidRequest as error:
+    except (InvalidRequest, WrongNamespace) as error:
         typer.echo(f"trellis: {error}", err=True)
         raise typer.Exit(ExitCode.USAGE) from None
     except (RPCError, *db.UNAVAILABLE) as error:
-        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({type(error).__name__})", err=True)
+        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({_told(error)})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None
     if as_json:
         output.as_json(report.model_dump(mode="json"))
     else:
         _print(report, apply=apply)
-    raise typer.Exit(ExitCode.ENDED_OTHERWISE if report.left else ExitCode.OK)
+    raise typer.Exit(_exit_code(report))
 
 
 async def _reconcile(settings: Settings, request: ReconcileRequest) -> ReconcileReport:
@@ -89,10 +102,29 @@ async def _schedule(settings: Settings, request: ReconcileRequest, every: float)
 
 def _print(report: ReconcileReport, *, apply: bool) -> None:
     if report.repairs:
-        rows = [
-            (repair.order_id, repair.found, repair.action, "done" if repair.done else repair.detail or "would be done")
-            for repair in report.repairs
-        ]
+        rows = [(repair.order_id, repair.found, repair.action, _outcome(repair)) for repair in report.repairs]
         output.table(("ORDER", "FOUND", "ACTION", "OUTCOME"), rows)
     summary = f"{report.looked_at} orders looked at, {report.settled} settled, {report.left} left"
+    summary += f", {report.defects} of them for a person" if report.defects else ""
     output.remark(summary if apply else f"{summary} (a dry run: repeat with --apply)")
+
+
+def _told(error: Exception) -> str:
+    from temporalio.service import RPCError
+
+    from app import temporal
+
+    missing = isinstance(error, RPCError) and temporal.is_namespace_missing(error)
+    return "there is no such namespace" if missing else type(error).__name__
+
+
+def _outcome(repair: Repair) -> str:
+    if repair.defect:
+        return f"DEFECT: {repair.detail}"
+    return "done" if repair.done else repair.detail or "would be done"
+
+
+def _exit_code(report: ReconcileReport) -> ExitCode:
+    if report.defects:
+        return ExitCode.REFUSED
+    return ExitCode.ENDED_OTHERWISE if report.left else ExitCode.OK

@@ -13,7 +13,7 @@ from temporalio.client import (
 )
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RPCError
 
 from app import metrics
 from app.errors import OrderConflict, OrderNotFound, PaymentConflict, ServiceUnavailable, TooLate
@@ -29,6 +29,7 @@ from app.order.models import (
 )
 from app.order.workflows import OrderWorkflow
 from app.steps import Step
+from app.temporal import is_not_found
 
 if TYPE_CHECKING:
     from temporalio.client import Client
@@ -213,7 +214,7 @@ class OrderService:
         try:
             return await call
         except RPCError as error:
-            if error.status is not RPCStatusCode.NOT_FOUND:
+            if not is_not_found(error):
                 raise
             # It is closed, or forgotten after Temporal's retention, or was never known.
             status = await self.status(order_id)
@@ -223,7 +224,7 @@ class OrderService:
         try:
             await self._handle(order_id).describe(rpc_timeout=self._timeout)
         except RPCError as error:
-            if error.status is RPCStatusCode.NOT_FOUND:
+            if is_not_found(error):
                 return False
             raise
         return True

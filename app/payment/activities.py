@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from temporalio import activity
 
-from app.errors import PaymentConflict, PaymentDeclined, RefundRefused
+from app.errors import IllegalTransition, PaymentConflict, PaymentDeclined, RefundRefused
 from app.failpoints import reach
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, RefundRequest
@@ -31,6 +31,7 @@ class PaymentActivities:
             PaymentDeclined: the provider said no; the order is `payment_failed`.
             PaymentConflict: the payment id belongs to another order or amount, here or at the provider; likewise.
             PaymentUnavailable: no answer; the order stays `charging` and the attempt is repeated.
+            IllegalTransition: the order was closed meanwhile; what was taken is given back.
         """
         reach("charge.before_claim")
         charged_before = await self._payments.begin_charge(request)
@@ -45,9 +46,20 @@ class PaymentActivities:
             reach("charge.before_reply")
             raise
         reach("charge.after_gateway")
-        await self._payments.complete_charge(request, receipt)
+        try:
+            await self._payments.complete_charge(request, receipt)
+        except IllegalTransition:
+            await self._give_back_late(request, receipt)
+            raise
         reach("charge.before_reply")
         return receipt
+
+    async def _give_back_late(self, request: ChargeRequest, receipt: Receipt) -> None:
+        """The order was closed without this charge while the provider was asked: the attempt had been taken for dead.
+        Only this process knows of the money for certain, so it gives it back; failing that, `reconcile` will."""
+        if await self._payments.is_closed(request.order_id):
+            refund = await self._gateway.refund(request.payment_id, receipt.money)
+            await self._payments.complete_late(request.order_id, request.payment_id, receipt, refund)
 
     @activity.defn
     async def refund(self, request: RefundRequest) -> None:

@@ -13,7 +13,7 @@ from app.failpoints import reach
 from app.money import Money
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
-from app.steps import Step
+from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
     import asyncpg
@@ -159,13 +159,7 @@ class PaymentRepository:
     async def complete_refund(self, request: RefundRequest, receipt: Receipt) -> None:
         """Write down what was given back, and close the order."""
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(
-                connection,
-                request.order_id,
-                "refunded",
-                {"payment_id": request.payment_id, "reference": receipt.reference, **_told(receipt.money)},
-                key="refunded",
-            )
+            await _tell_refund(connection, request.order_id, request.payment_id, receipt)
             reach("refund.in_settlement")
             settled = await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
             failed = request.close_as is Step.SHIPPING_FAILED
@@ -179,6 +173,23 @@ class PaymentRepository:
         _count(settled, PaymentStatus.REFUNDED)
         metrics.entered(request.close_as, move)
 
+    async def is_closed(self, order_id: str) -> bool:
+        """Whether the order has come to its end."""
+        state = await self._pool.fetchval("SELECT state FROM orders WHERE id = $1", order_id)
+        return state in FINAL_STEPS
+
+    async def complete_late(self, order_id: str, payment_id: str, charge: Receipt, refund: Receipt) -> None:
+        """Write down a charge that came through after its order was closed, together with its refund: until then the
+        payment stays in doubt, so that nobody takes the matter for settled.
+
+        A payment that was given up as FAILED stays so; the timeline tells of the refund.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            await _tell_refund(connection, order_id, payment_id, refund)
+            await mark_charged(connection, payment_id, charge)
+            settled = await connection.execute(_REFUNDED, payment_id, refund.reference)
+        _count(settled, PaymentStatus.REFUNDED)
+
 
 async def mark_charged(connection: Connection, payment_id: str, receipt: Receipt) -> None:
     """INIT becomes CHARGED, with what the provider said."""
@@ -188,6 +199,11 @@ async def mark_charged(connection: Connection, payment_id: str, receipt: Receipt
 async def mark_failed(connection: Connection, payment_id: str) -> str:
     """INIT becomes FAILED; the command tag tells whether it was INIT."""
     return await connection.execute(_FAILED, payment_id)
+
+
+async def _tell_refund(connection: Connection, order_id: str, payment_id: str, receipt: Receipt) -> None:
+    payload = {"payment_id": payment_id, "reference": receipt.reference, **_told(receipt.money)}
+    await events.record(connection, order_id, "refunded", payload, key="refunded")
 
 
 def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisError | None:

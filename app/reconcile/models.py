@@ -21,7 +21,12 @@ class ReconcileRequest(BaseModel):
         120.0, description="How long an order must have been at its step, and its workflow gone, before it is touched."
     )
     settle_seconds: float = Field(
-        600.0, description="How long after its order was closed a payment in doubt is looked up for the last time."
+        600.0,
+        description="How long after its order was closed a payment in doubt is looked up for the last time. Longer "
+        "than an attempt may last, and than the provider's look-up may lag behind its charges.",
+    )
+    accept_unknown: bool = Field(
+        False, description="Settle although Temporal does not know more than a small share of the open orders."
     )
 
 
@@ -33,6 +38,7 @@ class Repair(BaseModel):
     action: str = Field(description="What was done, or would be.")
     done: bool
     detail: str = Field("", description="Why it is not done.")
+    defect: bool = Field(False, description="Something unexpected stands in the way: for a person.")
 
 
 class ReconcileReport(BaseModel):
@@ -41,11 +47,16 @@ class ReconcileReport(BaseModel):
     looked_at: int = 0
     settled: int = 0
     left: int = Field(0, description="Orders that still need somebody: the next pass, or a person.")
+    defects: int = Field(0, description="Those of them that something unexpected stands in the way of.")
     repairs: list[Repair] = []
 
     def add(self, repair: Repair) -> None:
-        """Count a repair, and list it unless there are too many."""
+        """Count a repair, and list it unless there are too many; defects first, as a person has to see them."""
         self.settled += repair.done
         self.left += not repair.done
-        if len(self.repairs) < MAX_LISTED:
+        self.defects += repair.defect
+        if repair.defect:
+            self.repairs.insert(0, repair)
+            del self.repairs[MAX_LISTED:]
+        elif len(self.repairs) < MAX_LISTED:
             self.repairs.append(repair)

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from app import events
 from app.money import Money
-from app.payment.repository import mark_charged, mark_failed
+from app.payment.models import PaymentStatus
+from app.payment.repository import mark_failed
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from app.payment.gateway import Receipt
-
-_COLUMNS = "orders.id, orders.state, orders.payment_id, orders.total, orders.currency, orders.dispatch_started_at"
-
-_OPEN = f"""
-SELECT {_COLUMNS} FROM orders
-WHERE id > $1 AND NOT (state = ANY($2)) AND state_since <= clock_timestamp() - make_interval(secs => $3)
+# Ids alone: a row that cannot be read must not take its page with it. By the steps that are open, for which there is an
+# index: however many orders have ended, the page is short.
+_OPEN = """
+SELECT id FROM orders
+WHERE id > $1 AND state = ANY($2) AND state_since <= clock_timestamp() - make_interval(secs => $3)
 ORDER BY id LIMIT $4
-"""  # noqa: S608 - a constant
+"""
 
-_IN_DOUBT = f"""
-SELECT {_COLUMNS} FROM payments JOIN orders ON orders.id = payments.order_id
+_IN_DOUBT = """
+SELECT orders.id FROM payments JOIN orders ON orders.id = payments.order_id
 WHERE payments.status = 'INIT' AND orders.id > $1 AND orders.state = ANY($2)
   AND state_since <= clock_timestamp() - make_interval(secs => $3)
 ORDER BY orders.id LIMIT $4
-"""  # noqa: S608
+"""
+
+_LOOK = """
+SELECT orders.id, orders.state, orders.payment_id, orders.total, orders.currency, orders.dispatch_started_at,
+       orders.run_id, payments.status, extract(epoch FROM clock_timestamp() - orders.state_since)::float8 AS seconds
+FROM orders LEFT JOIN payments ON payments.order_id = orders.id
+WHERE orders.id = $1
+"""
 
 _OWNER = "SELECT order_id FROM payments WHERE payment_id = $1"
 
 
 @dataclass(frozen=True)
 class Left:
-    """An order that was left behind."""
+    """An order as it is written down at this moment."""
 
     order_id: str
     step: Step
+    #: How long it has been there.
+    seconds: float
+    run_id: str | None
     payment_id: str
+    #: None before a charge has begun.
+    payment: PaymentStatus | None
     money: Money
     dispatch_began: bool
 
@@ -50,31 +61,34 @@ class LeftBehind:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def open_orders(self, after: str, seconds: float, limit: int) -> list[Left]:
-        """Open orders that have not moved for so many seconds."""
-        return _left(await self._pool.fetch(_OPEN, after, list(FINAL_STEPS), seconds, limit))
+    async def open_orders(self, after: str, seconds: float, limit: int) -> list[str]:
+        """Ids of open orders that have not moved for so many seconds."""
+        return _ids(await self._pool.fetch(_OPEN, after, _OPEN_STEPS, seconds, limit))
 
-    async def in_doubt(self, after: str, seconds: float, limit: int) -> list[Left]:
-        """Orders closed for so many seconds, of whose payment nobody knows yet whether it went through."""
-        return _left(await self._pool.fetch(_IN_DOUBT, after, list(FINAL_STEPS), seconds, limit))
+    async def in_doubt(self, after: str, seconds: float, limit: int) -> list[str]:
+        """Ids of orders closed for so many seconds, of whose payment nobody knows yet whether it went through."""
+        return _ids(await self._pool.fetch(_IN_DOUBT, after, list(FINAL_STEPS), seconds, limit))
+
+    async def look(self, order_id: str) -> Left | None:
+        """The order as it is now; None if it has no row.
+
+        Raises:
+            ValidationError, ValueError: somebody wrote a row that is no order.
+        """
+        row = await self._pool.fetchrow(_LOOK, order_id)
+        return _left(row) if row else None
 
     async def tell(self, order_id: str, payload: dict[str, Any], key: str) -> None:
         """The event `reconciled`, before anything is done: whatever a repair has begun, the timeline says so."""
         await events.record(self._pool, order_id, "reconciled", payload, key=key)
 
-    async def charged_late(self, left: Left, receipt: Receipt) -> None:
-        """The charge of a closed order went through after all; it is still to be given back."""
-        payload = {"found": "a charge after the order was closed", "reference": receipt.reference}
-        async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
-            await mark_charged(connection, left.payment_id, receipt)
-
     async def never_charged(self, left: Left) -> None:
-        """The charge of a closed order did not go through."""
+        """The charge of a closed order did not go through. Nothing, if somebody has settled it in the meantime."""
         payload = {"found": "no charge at the provider"}
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
-            await mark_failed(connection, left.payment_id)
+            await events.lock(connection, left.order_id)
+            if await mark_failed(connection, left.payment_id) == "UPDATE 1":
+                await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
 
     async def payment_owner(self, payment_id: str) -> str | None:
         """The order that has claimed this payment id."""
@@ -82,14 +96,21 @@ class LeftBehind:
         return owner
 
 
-def _left(rows: list[asyncpg.Record]) -> list[Left]:
-    return [
-        Left(
-            order_id=row["id"],
-            step=Step(row["state"]),
-            payment_id=row["payment_id"],
-            money=Money(amount=row["total"], currency=row["currency"]),
-            dispatch_began=row["dispatch_started_at"] is not None,
-        )
-        for row in rows
-    ]
+_OPEN_STEPS: Final = [step for step in Step if step not in FINAL_STEPS]
+
+
+def _ids(rows: list[asyncpg.Record]) -> list[str]:
+    return [row["id"] for row in rows]
+
+
+def _left(row: asyncpg.Record) -> Left:
+    return Left(
+        order_id=row["id"],
+        step=Step(row["state"]),
+        seconds=row["seconds"],
+        run_id=row["run_id"],
+        payment_id=row["payment_id"],
+        payment=PaymentStatus(row["status"]) if row["status"] else None,
+        money=Money(amount=row["total"], currency=row["currency"]),
+        dispatch_began=row["dispatch_started_at"] is not None,
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from app.audit.executions import Executions
 from app.audit.repository import BooksRepository
+from app.identity import Identity
 from app.order.repository import OrderRepository
 from app.payment.activities import PaymentActivities
 from app.payment.repository import PaymentRepository
@@ -25,6 +26,7 @@ def reconciler(services: Services, request: ReconcileRequest, beat: Callable[[],
     """A pass with the parts of this process."""
     payments = PaymentRepository(services.pool)
     tools = Tools(
+        require_own=Identity(services.pool, services.temporal).require,
         left=LeftBehind(services.pool),
         books=BooksRepository(services.pool),
         executions=Executions(services.temporal),

@@ -374,19 +374,21 @@ class Ledger:
         )
         return None if row is None else (_movement(row), row["refunded"])
 
-    async def find_charge(self, key: str) -> Lookup:
-        """The charge made with this idempotency key."""
+    async def find_charge(self, key: str, at_least_old: float = 0.0) -> Lookup:
+        """The charge made with this idempotency key, if it is so many seconds old."""
         # One statement, one snapshot: a charge that settles meanwhile is either still in flight or there.
         row = await self._row(
             """
             SELECT charge.id, charge.idempotency_key, charge.payment, charge.amount, charge.currency,
                    coalesce(extract(epoch FROM pending.locked_until - now()), 0)::float8 AS wait_seconds
             FROM (SELECT $1::text AS key) AS asked
-            LEFT JOIN sandbox.charges AS charge ON charge.idempotency_key = asked.key
+            LEFT JOIN sandbox.charges AS charge
+                ON charge.idempotency_key = asked.key AND charge.created_at <= now() - make_interval(secs => $2)
             LEFT JOIN sandbox.idempotency_keys AS pending
                 ON pending.key = asked.key AND pending.state = 'in_flight'
             """,
             key,
+            at_least_old,
         )
         return Lookup(None if row["id"] is None else _movement(row), row["wait_seconds"])
 

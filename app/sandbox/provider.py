@@ -24,6 +24,7 @@ from app.sandbox.wire import (
     Effect,
     Faults,
     LostReply,
+    OutageRequest,
     RefusalError,
     check_outage,
     enter,
@@ -89,6 +90,7 @@ class Provider:
     def __init__(self, ledger: Ledger, faults: Faults) -> None:
         self._ledger = ledger
         self._faults = faults
+        self._lag_seconds = 0.0
 
     def routes(self) -> list[Route]:
         """Everything it serves. `:path` because a key may contain slashes."""
@@ -99,6 +101,7 @@ class Provider:
             Route("/v1/refunds/{key:path}", self.find_refund),
             Route("/v1/ledger", self.books),
             Route("/sandbox/outage", self.outage, methods=["POST"]),
+            Route("/sandbox/lag", self.lag, methods=["POST"]),
         ]
 
     # --- the merchant's side -------------------------------------------------------------------------------
@@ -120,7 +123,8 @@ class Provider:
     async def find_charge(self, request: Request) -> Response:
         """The charge made with a key: 200, 404 none and no request is making one, 409 in flight, 503."""
         await check_outage(self._ledger, "payments")
-        return _found(await self._ledger.find_charge(request.path_params["key"]), "charge_not_found")
+        found = await self._ledger.find_charge(request.path_params["key"], self._lag_seconds)
+        return _found(found, "charge_not_found")
 
     async def find_refund(self, request: Request) -> Response:
         """The refund made with a key, as `find_charge`."""
@@ -147,6 +151,12 @@ class Provider:
     async def outage(self, request: Request) -> Response:
         """The outage switch."""
         return await switch_outage(self._ledger, "payments", request)
+
+    async def lag(self, request: Request) -> Response:
+        """Let `find_charge` answer 404 for charges younger than so many seconds, as a look-up in a copy of the books
+        would that lags behind. In this process, until it ends or the switch is set anew."""
+        self._lag_seconds = (await read(request, OutageRequest)).seconds
+        return respond_json({"seconds": self._lag_seconds})
 
     # --- once ----------------------------------------------------------------------------------------------
 

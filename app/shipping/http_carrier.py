@@ -26,8 +26,10 @@ class HttpCarrier(Carrier):
     same order is safe.
     """
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
+    def __init__(self, client: httpx.AsyncClient, *, shows_ledger: bool = False) -> None:
+        """`shows_ledger`: the other side has `/v1/ledger`, as the sandbox has, which the audit may ask."""
+        self.client = self._client = client
+        self.shows_ledger = shows_ledger
 
     async def dispatch(self, order_id: str, address: Address | None) -> Handover:
         """See `Carrier.dispatch`."""

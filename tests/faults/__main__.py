@@ -12,6 +12,7 @@ import secrets
 import sys
 from pathlib import Path
 
+from tests.faults.acts import ACTS
 from tests.faults.run import Plan, Run
 
 
@@ -28,7 +29,13 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path(".faults"), help="folder for reports and failed runs")
     parser.add_argument("--keep", action="store_true", help="keep the data of a run without violations, too")
+    parser.add_argument(
+        "--acts", default=",".join(ACTS), help=f"what operators do meanwhile: `none`, or some of {','.join(ACTS)} (all)"
+    )
     given = parser.parse_args()
+    acts = tuple(kind for kind in given.acts.split(",") if kind != "none")
+    if unknown := set(acts) - set(ACTS):
+        parser.error(f"--acts: unknown: {', '.join(sorted(unknown))}")
     seed = given.seed if given.seed is not None else secrets.randbelow(2**31)
     plan = Plan(
         seed=seed,
@@ -39,6 +46,7 @@ def main() -> int:
         orders=given.orders or (50 if given.kill_everything else 80),
         out=given.out,
         keep=given.keep,
+        acts=acts,
     )
     return asyncio.run(Run(plan).to_the_end())
 

@@ -19,7 +19,7 @@ from temporalio.service import RPCError
 
 from app import db
 from app.failpoints import NAMES, Action
-from tests.faults import schedule, verdict
+from tests.faults import acts, schedule, verdict
 from tests.faults.orders import LEADS_TO, STORIES, Customers
 from tests.faults.stack import Stack, eventually
 
@@ -42,15 +42,20 @@ class Plan:
     orders: int
     out: Path
     keep: bool
+    acts: tuple[str, ...] = tuple(acts.ACTS)
 
     @property
     def command(self) -> str:
         """Replays this run."""
         if self.kills:
             return f"python -m tests.faults --kill-everything {self.kills} --orders {self.orders} --seed {self.seed}"
-        pace = f' ARGS="--rate {self.rate:g} --pause {self.pause:g} --orders {self.orders}"'
-        usual = (self.rate, self.pause, self.orders) == (2.5, 8.0, 80)
-        return f"make faults MINUTES={self.minutes:g} SEED={self.seed}{'' if usual else pace}"
+        given = []
+        if (self.rate, self.pause, self.orders) != (2.5, 8.0, 80):
+            given += [f"--rate {self.rate:g} --pause {self.pause:g} --orders {self.orders}"]
+        if set(self.acts) != set(acts.ACTS):
+            given += [f"--acts {','.join(self.acts) or 'none'}"]
+        arguments = f' ARGS="{" ".join(given)}"' if given else ""
+        return f"make faults MINUTES={self.minutes:g} SEED={self.seed}{arguments}"
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Outcome:
     stories: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
+    acts: dict[str, int] = field(default_factory=dict)
     failpoints: dict[str, dict[str, int]] = field(default_factory=dict)
     failpoints_missing: list[str] = field(default_factory=list)
     deaths: int = 0
@@ -107,9 +113,13 @@ class Run:
         async with await self._customers(stack, "o") as customers:
             arrivals = asyncio.create_task(self._arrivals(stack, customers))
             weather = asyncio.create_task(schedule.play(faults, stack, customers, self._say))
+            operators = asyncio.create_task(self._operators(stack, customers, seconds))
+            passes = asyncio.create_task(acts.keep_reconciling(stack, self._outcome.wrong))
             await asyncio.sleep(seconds)
             await weather
+            await operators
             arrivals.cancel()
+            passes.cancel()
             self._say("no more faults")
             await self._fill_the_matrix(stack, customers)
             self._took("storm")
@@ -180,6 +190,10 @@ class Run:
                 self._counted = await verdict.waiting(stack, customers.promises)
         return self._counted
 
+    async def _operators(self, stack: Stack, customers: Customers, seconds: float) -> None:
+        drawn = acts.draw(Random(f"{self._plan.seed} acts"), seconds, list(self._plan.acts))
+        self._outcome.acts = dict(await acts.play(drawn, stack, customers, self._say))
+
     async def _fill_the_matrix(self, stack: Stack, customers: Customers) -> None:
         deadline = time.monotonic() + COVERAGE_EXTRA
         while (missing := stack.plan.missing()) and time.monotonic() < deadline:
@@ -195,6 +209,7 @@ class Run:
         for proxy in stack.proxies.values():
             proxy.heal()
         await stack.disarm()
+        await acts.stop_lying(stack)
         await customers.finished(120)
         await self._approve_what_is_parked(customers)
 
@@ -271,7 +286,7 @@ class Run:
             print(f"{'failpoint':32}" + "".join(f"{action:>9}" for action in Action))  # noqa: T201 - the report
             for name, counts in self._outcome.failpoints.items():
                 print(f"{name:32}" + "".join(f"{counts[action]:9}" for action in Action))  # noqa: T201
-        for what in ("faults", "stories", "ends", "answers"):
+        for what in ("faults", "acts", "stories", "ends", "answers"):
             print(f"{what}: {getattr(self._outcome, what)}")  # noqa: T201
 
     def _took(self, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from urllib.parse import urlsplit
@@ -14,10 +15,11 @@ import pytest
 
 from app.failpoints import NAMES, Action
 from tests.conftest import Servers
-from tests.faults import schedule
+from tests.faults import acts, schedule
 from tests.faults.failpoint_plan import FailpointPlan
 from tests.faults.orders import LEADS_TO, STORIES
 from tests.faults.proxy import CommitSpotter, Proxy
+from tests.faults.run import Plan
 
 
 def _message(kind: bytes, body: bytes) -> bytes:
@@ -122,6 +124,24 @@ def test_a_seed_draws_the_same_schedule_twice() -> None:
 
 def test_a_long_schedule_has_every_kind() -> None:
     assert {fault.kind for fault in schedule.draw(Random("1"), 1800, 20)} == set(schedule.FAULTS)
+
+
+def test_a_seed_draws_the_same_acts_twice_and_each_kind_by_itself() -> None:
+    everything = acts.draw(Random("1"), 180, list(acts.ACTS))
+    assert everything == acts.draw(Random("1"), 180, list(acts.ACTS))
+    assert {act.kind for act in everything} == set(acts.ACTS)
+    some = acts.draw(Random("1"), 180, ["lies", "terminate"])
+    assert some == [act for act in everything if act.kind in {"lies", "terminate"}]
+    assert {act.workflow for act in everything if act.kind == "reset"} == {"order", "shipping"}
+    assert all(5 <= act.at < 180 for act in everything)
+
+
+@pytest.mark.parametrize("kinds", [(), ("terminate", "lies")])
+def test_the_command_that_replays_a_run_names_its_acts(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    plan = Plan(seed=1, minutes=3, rate=2.5, pause=8, kills=0, orders=80, out=tmp_path, keep=False)
+    assert plan.command == "make faults MINUTES=3 SEED=1"
+    some = replace(plan, acts=kinds)
+    assert some.command == f'make faults MINUTES=3 SEED=1 ARGS="--acts {",".join(kinds) or "none"}"'
 
 
 def test_a_process_gets_what_is_missing(tmp_path: Path) -> None:

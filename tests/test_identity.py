@@ -1,0 +1,163 @@
+"""A database and a Temporal namespace that do not belong together are told apart before anything is done."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
+from temporalio.service import RPCError
+from typer.testing import CliRunner
+
+from app.cli.main import app as cli
+from app.errors import WrongNamespace
+from app.http import create_app
+from app.identity import Identity, wait_until_ours
+from app.reconcile.models import ReconcileRequest
+from app.reconcile.worker import reconciler
+from app.settings import Settings
+from app.steps import Step
+from app.temporal import is_namespace_missing, is_not_found
+from app.wiring import Services, open_services
+from tests.bookkeeping import opened_shop
+from tests.support import until
+
+
+@pytest.fixture
+async def elsewhere(services: Services) -> str:
+    """Another namespace on the same server, as another environment has one."""
+    name = f"other-{uuid.uuid4().hex[:8]}"
+    day = Duration(seconds=24 * 3600)
+    await services.temporal.workflow_service.register_namespace(
+        RegisterNamespaceRequest(namespace=name, workflow_execution_retention_period=day)
+    )
+    probe = services.settings.model_copy(update={"temporal_namespace": name})
+    async with open_services(probe) as other:
+        identity = Identity(other.pool, other.temporal)
+        await until(lambda: _answers(identity.found), "the namespace to be known everywhere")
+    return name
+
+
+async def _answers(ask: Any) -> bool:
+    try:
+        await ask()
+    except RPCError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def api(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """The API without workers."""
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://api") as http:
+        yield http
+
+
+CHANGES = [
+    ("POST", "/orders/o-1/start", {"payment_id": "pay-1"}),
+    ("POST", "/orders/o-1/signals/approve", None),
+    ("POST", "/orders/o-1/signals/cancel", None),
+    ("POST", "/orders/o-1/review", {"decision": "approve"}),
+    ("POST", "/orders/o-1/cancel", {}),
+]
+
+
+async def test_the_first_worker_binds_the_database(services: Services) -> None:
+    identity = Identity(services.pool, services.temporal)
+    await identity.require()  # before: it belongs to any
+    assert await identity.bound() is None
+    await asyncio.gather(*(wait_until_ours(Identity(services.pool, services.temporal)) for _ in range(5)))
+    assert await identity.bound() == await identity.found()
+
+
+async def test_another_systems_namespace_is_refused_in_words(services: Services, elsewhere: str) -> None:
+    await Identity(services.pool, services.temporal).claim()
+    other = services.settings.model_copy(update={"temporal_namespace": elsewhere})
+    async with api(other) as http:
+        for method, path, body in CHANGES:
+            answer = await http.request(method, path, json=body)
+            assert (answer.status_code, answer.json()["code"]) == (503, "WrongNamespace"), path
+            assert elsewhere in answer.json()["detail"]
+        ready = (await http.get("/readyz")).json()
+        assert "another Temporal namespace" in ready["checks"]["temporal"]
+        assert (await http.get("/orders")).status_code == 200
+    async with open_services(other) as wrong:
+        with pytest.raises(WrongNamespace):
+            await Identity(wrong.pool, wrong.temporal).claim()
+        with pytest.raises(TimeoutError):  # a worker waits, and takes no work
+            async with asyncio.timeout(0.5):
+                await wait_until_ours(Identity(wrong.pool, wrong.temporal))
+
+
+async def test_reconcile_touches_nothing_with_another_systems_namespace(services: Services, elsewhere: str) -> None:
+    await Identity(services.pool, services.temporal).claim()
+    other = services.settings.model_copy(update={"temporal_namespace": elsewhere})
+    async with opened_shop(services) as shop, open_services(other) as wrong:
+        for step in (Step.AWAITING_REVIEW, Step.CHARGING, Step.CHARGED, Step.PREPARED):
+            if step is Step.AWAITING_REVIEW:
+                await shop.orders.receive(shop.input(f"o-{step}"), "run")
+                await shop.orders.open_review(shop.input(f"o-{step}"))
+            else:
+                await shop.order(f"o-{step}", step)
+        everything = ReconcileRequest(apply=True, grace_seconds=0, settle_seconds=0, accept_unknown=True)
+        with pytest.raises(WrongNamespace):
+            await reconciler(wrong, everything).run()
+        states = await shop.pool.fetch("SELECT id, state FROM orders")
+        assert all(row["id"] == f"o-{row['state']}" for row in states)
+
+
+async def test_a_namespace_that_is_not_there_is_no_closed_order(services: Services) -> None:
+    """Temporal answers NOT_FOUND for both, and a caller who hears "too late" does not try again."""
+    async with opened_shop(services) as shop:
+        await shop.order("o-1", Step.CHARGED)
+    nowhere = services.settings.model_copy(update={"temporal_namespace": f"nowhere-{uuid.uuid4().hex[:8]}"})
+    async with api(nowhere) as http:
+        for method, path, body in CHANGES:
+            answer = await http.request(method, path.replace("o-1/start", "o-2/start"), json=body)
+            assert (answer.status_code, answer.json()["code"]) == (503, "NamespaceNotFound"), path
+
+
+async def test_what_was_not_found_is_told_apart(services: Services) -> None:
+    with pytest.raises(RPCError) as unknown:
+        await services.temporal.get_workflow_handle("order/nobody").describe(rpc_timeout=timedelta(seconds=10))
+    assert (is_not_found(unknown.value), is_namespace_missing(unknown.value)) == (True, False)
+    settings = services.settings.model_copy(update={"temporal_namespace": f"nowhere-{uuid.uuid4().hex[:8]}"})
+    async with open_services(settings) as nowhere:
+        with pytest.raises(RPCError) as missing:
+            await nowhere.temporal.get_workflow_handle("order/nobody").describe(rpc_timeout=timedelta(seconds=10))
+    assert (is_not_found(missing.value), is_namespace_missing(missing.value)) == (False, True)
+
+
+async def test_an_operator_binds_it_anew(services: Services, elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = Identity(services.pool, services.temporal)
+    await identity.claim()
+    before = await identity.bound()
+    settings = services.settings
+    monkeypatch.setenv("TRELLIS_DATABASE_URL", settings.database_url.get_secret_value())
+    monkeypatch.setenv("TRELLIS_TEMPORAL_ADDRESS", settings.temporal_address)
+    monkeypatch.setenv("TRELLIS_TEMPORAL_NAMESPACE", elsewhere)
+
+    async def said(*command: str) -> tuple[int, str]:
+        result = await asyncio.to_thread(CliRunner().invoke, cli, list(command), input="n\n")
+        return result.exit_code, result.output
+
+    for command in (("audit",), ("reconcile",)):
+        code, output = await said(*command)
+        assert code == 2
+        assert "another Temporal namespace" in output
+    assert (await said("namespace", "show"))[0] == 1
+    assert (await said("namespace", "bind"))[0] == 2
+    assert await identity.bound() == before
+    assert (await said("namespace", "bind", "--yes"))[0] == 0
+    assert await identity.bound() != before
+    for command in (("namespace", "bind"), ("namespace", "show"), ("audit",), ("reconcile",)):
+        assert (await said(*command))[0] == 0, command
