@@ -99,7 +99,7 @@ LEFT JOIN LATERAL (
         SELECT FROM orders AS other
         WHERE other.customer_id = orders.customer_id AND (other.created_at, other.id) < (orders.created_at, orders.id)
         ORDER BY other.created_at DESC, other.id DESC LIMIT 100
-    ) AS some
+    ) AS counted
 ) AS earlier ON orders.customer_id IS NOT NULL
 WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
 ORDER BY review_deadline, id LIMIT $3
