@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
@@ -25,7 +25,7 @@ from app.order.api import router as orders_router
 from app.order.feed import EventFeed
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
-from app.problems import Fault, Problem, ProblemResponse
+from app.problems import Fault, Problem, ProblemResponse, code_schema
 from app.wiring import Services, open_services
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 MAX_BODY_BYTES: Final = 64 * 1024
+
+#: So much of the name of an unknown parameter is repeated in the answer.
+MAX_NAME: Final = 64
 
 #: Something that runs beside the API while it serves.
 Beside = Callable[[Services], AbstractAsyncContextManager[None]]
@@ -44,6 +47,23 @@ The life of an order - receive, validate, manual review, charge, ship - as a Tem
 An order that was accepted (202) is never lost, and a payment is never charged twice. Errors are
 `application/problem+json` (RFC 9457).
 """
+
+TAGS: Final = [
+    {"name": "orders", "description": "Start an order, follow it, change it while that is possible."},
+    {"name": "signals", "description": "Sent and not answered: durable with 202, also while no worker runs."},
+    {"name": "reviews", "description": "What waits for a person, and the decision."},
+    {"name": "health", "description": "For whoever runs this process."},
+]
+
+_READINESS: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["status", "checks"],
+    "properties": {
+        "status": {"enum": ["ready", "not ready"]},
+        "checks": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+    "example": {"status": "ready", "checks": {"database": "ok", "temporal": "ok"}},
+}
 
 log = structlog.get_logger("trellis.request")
 
@@ -80,8 +100,11 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         lifespan=lifespan,
         # FastAPI's own telemetry would double ours.
         telemetry={"tracing": False, "metrics": False, "logs": False},
+        openapi_tags=TAGS,
+        # Clients are generated from these: they stay when a path changes.
+        generate_unique_id_function=lambda route: route.name,
     )
-    app.include_router(orders_router, dependencies=[Depends(_name_order), Depends(_refuse_for_others)])
+    app.include_router(orders_router, dependencies=[Depends(_before_each_call)])
     _add_health(app)
     _add_problems(app)
     app.add_middleware(BodyLimit)
@@ -90,29 +113,62 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
     return app
 
 
-async def _name_order(request: Request) -> None:
-    """Puts the order on the spans and log lines of the rest of its request."""
+async def _before_each_call(request: Request) -> None:  # one dependency, because each costs every read
+    if request.scope["query_string"]:
+        _refuse_unknown_query(request)
     order_id = request.path_params.get("id")
     if order_id is not None:
+        # On the spans and log lines of the rest of this request.
         structlog.contextvars.bind_contextvars(order_id=order_id)
         tracing.describe(order_id=order_id)
-
-
-async def _refuse_for_others(request: Request) -> None:
-    """Lets no order be started or changed in another system's Temporal."""
     if request.method not in {"GET", "HEAD"}:
+        # No order is started or changed in another system's Temporal.
         await request.app.state.identity.require()
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """Refuse parameters that the call does not have, as unknown fields of a body are: a misspelt filter would be
+    answered with everybody's orders."""
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    given = [name for name, _ in request.query_params.multi_items()]
+    faults = [
+        {
+            "loc": ("query", name[:MAX_NAME]),
+            "msg": "given more than once" if name in known else "there is no such parameter",
+        }
+        for name in dict.fromkeys(given)
+        if name not in known or given.count(name) > 1
+    ]
+    if faults:
+        raise RequestValidationError(faults)
 
 
 # --- health
 
 
 def _add_health(app: FastAPI) -> None:
-    @app.get("/healthz", tags=["health"], summary="The process is alive")
+    @app.get("/", include_in_schema=False)
+    async def root(request: Request) -> RedirectResponse:
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
+
+    @app.get("/healthz", tags=["health"], summary="The process is alive", response_description="Alive.")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], summary="PostgreSQL and Temporal answer", response_model=None)
+    @app.get(
+        "/readyz",
+        tags=["health"],
+        summary="PostgreSQL and Temporal answer",
+        response_model=None,
+        response_description="Ready.",
+        responses={
+            200: {"content": {"application/json": {"schema": _READINESS}}},
+            503: {
+                "description": "Not ready; `checks` has the reason for each part that is not.",
+                "content": {"application/json": {"schema": _READINESS}},
+            },
+        },
+    )
     async def readyz(request: Request) -> JSONResponse:
         """200, or 503 with the reason for each part that is not ready."""
         return health.answer(await request.app.state.readiness.states())
@@ -143,6 +199,7 @@ def _document_problems(app: FastAPI) -> None:
             described = model.model_json_schema(ref_template="#/components/schemas/{model}")
             described.pop("$defs", None)
             schemas[model.__name__] = described
+        schemas[Problem.__name__]["properties"]["code"] |= code_schema()
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI documents this way of extending its schema

@@ -5,7 +5,15 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
 
 #: Digits after the decimal point of the currencies that are taken (ISO 4217, minor units).
 CURRENCY_DIGITS: Final[dict[str, int]] = {
@@ -25,7 +33,13 @@ def _known_currency(code: str) -> str:
     return code
 
 
-Currency = Annotated[str, AfterValidator(_known_currency), Field(examples=["USD"])]
+#: ISO 4217; lower case is taken, and becomes upper case.
+Currency = Annotated[
+    str,
+    StringConstraints(to_upper=True),
+    AfterValidator(_known_currency),
+    Field(description="ISO 4217 code, in any case.", examples=["USD"]),
+]
 
 #: Decimal with at most two digits after the point; written to JSON as a string.
 Amount = Annotated[

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+
+from app.errors import TrellisError
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -46,6 +49,41 @@ class ProblemResponse(JSONResponse):
         )
 
 
+#: Codes of problems that are no `TrellisError`: refused before any code of ours, or by a server behind it.
+_OTHER_CODES: Final[dict[str, tuple[int, str]]] = {
+    "BodyTooLarge": (413, "The body is too large"),
+    "NotFound": (404, "There is no such path"),
+    "MethodNotAllowed": (405, "The path does not take this method"),
+    "DatabaseUnavailable": (503, "PostgreSQL did not answer"),
+    "TemporalUnavailable": (503, "Temporal did not answer"),
+    "Unexpected": (500, "Something went wrong here"),
+}
+
+
+def codes() -> dict[str, tuple[int, str]]:
+    """Every `code` that a problem can have, with its status and what it means."""
+    ours = {
+        error.__name__: (int(error.status), (error.__doc__ or "").splitlines()[0].rstrip("."))
+        for error in _kinds(TrellisError)
+        # Those of commands reach no caller of the API, and count only where somebody has imported them.
+        if error.__module__ == TrellisError.__module__ and error.status is not HTTPStatus.INTERNAL_SERVER_ERROR
+    }
+    return dict(sorted((ours | _OTHER_CODES).items(), key=lambda code: (code[1][0], code[0])))
+
+
+def _kinds(error: type[TrellisError]) -> Iterator[type[TrellisError]]:
+    for kind in error.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def code_schema() -> dict[str, Any]:
+    """For OpenAPI: the codes as an enumeration. More may come, so a client treats an unknown one by its status."""
+    known = codes()
+    meanings = "\n".join(f"- `{code}` ({status}): {meaning}" for code, (status, meaning) in known.items())
+    return {"enum": list(known), "description": f"A name that programs can match.\n\n{meanings}"}
+
+
 _MEANINGS: Final[dict[int, str]] = {
     404: "No order has this id.",
     409: "It conflicts with what the order is, and `detail` says how. Nothing was changed.",
@@ -55,12 +93,21 @@ _MEANINGS: Final[dict[int, str]] = {
 }
 
 
+#: Answers after which the same call is worth repeating.
+_TEMPORARY: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+
+_RETRY_HEADER: Final = {
+    "Retry-After": {"description": "Seconds to wait before the same call is repeated.", "schema": {"type": "integer"}}
+}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For `responses=` of a route: the problems it answers with, besides 422 and 503, which all can."""
     return {
         status: {
             "description": _MEANINGS[status],
             "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            **({"headers": _RETRY_HEADER} if status in _TEMPORARY else {}),
         }
         for status in sorted({*statuses, 422, 503})
     }

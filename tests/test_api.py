@@ -485,8 +485,30 @@ async def test_bad_queries_are_refused(counter: httpx.AsyncClient) -> None:
         assert problem(await counter.get(path), 422)["detail"] == "after: not a cursor from an earlier page"
 
 
+async def test_a_parameter_that_a_call_does_not_have_is_refused(counter: httpx.AsyncClient) -> None:
+    for path, field in (
+        ("/orders?customer=c-1", "query.customer"),
+        ("/orders?Step=shipped", "query.Step"),
+        ("/orders/o-1?fields=step", "query.fields"),
+        ("/orders/o-1/status?verbose=", "query.verbose"),
+        ("/orders/o-1/events?after=1", "query.after"),
+        ("/reviews?step=shipped", "query.step"),
+        ("/reviews?limit=1&limit=2", "query.limit"),
+    ):
+        assert list(fields(await counter.get(path))) == [field]
+    answer = await counter.post("/orders/o-1/signals/approve?force=true")
+    assert fields(answer) == {"query.force": "there is no such parameter"}
+    assert len((await counter.get(f"/orders?{'x' * 2000}=1")).text) < 500
+
+
+async def test_the_root_leads_to_the_documentation(counter: httpx.AsyncClient) -> None:
+    answer = await counter.get("/")
+    assert answer.status_code == 307
+    assert answer.headers["location"] == "/docs"
+
+
 async def test_unknown_path_and_method_are_problems_too(counter: httpx.AsyncClient) -> None:
-    for path in ("/", "/order", "/orders/o-1/start/now", "/orders/o-1/signals/refund", "/orders/a%2Fb/status"):
+    for path in ("/order", "/orders/o-1/start/now", "/orders/o-1/signals/refund", "/orders/a%2Fb/status"):
         problem(await counter.get(path), 404, "NotFound")
     for method, path, allowed in (
         ("DELETE", "/orders/o-1", {"GET"}),
@@ -738,6 +760,8 @@ async def test_updates_answer_with_the_step(shop: httpx.AsyncClient) -> None:
     await until_step(shop, rejected, "rejected")
     events = (await shop.get(f"/orders/{rejected}/events")).json()["events"]
     assert events[-1]["payload"] == {"reason": "rejected by the review", "note": "not today"}
+    view = (await shop.get(f"/orders/{rejected}")).json()
+    assert (view["review_note"], view["reason"]) == ("not today", "rejected by the review")
     cancelled = await in_review(shop)
     answer = await shop.post(f"/orders/{cancelled}/cancel")
     assert answer.status_code == 200
@@ -936,6 +960,26 @@ async def test_orders_are_listed_newest_first_in_pages(api_alone: httpx.AsyncCli
         *[["o-9", "o-7"], ["o-5", "o-3"], ["o-1"]]
     ]
     assert await pages_of(api_alone, "/orders?step=expired", "orders") == [[]]
+
+
+async def test_orders_of_one_customer_are_listed_and_counted(api_alone: httpx.AsyncClient, pool: asyncpg.Pool) -> None:
+    for number in range(4):
+        await put(pool, f"hers-{number}", Step.SHIPPED, 100 - number, customer_id="c-1")
+    await put(pool, "hers-now", Step.AWAITING_REVIEW, 1, customer_id="c-1", payment_id="pay-now")
+    await put(pool, "his", Step.AWAITING_REVIEW, 2, customer_id="c-2")
+    await put(pool, "nobodys", Step.AWAITING_REVIEW, 3)
+    assert await pages_of(api_alone, "/orders?customer_id=c-1&limit=3", "orders") == [
+        ["hers-now", "hers-3", "hers-2"],
+        ["hers-1", "hers-0"],
+    ]
+    assert await pages_of(api_alone, "/orders?customer_id=c-2&step=shipped", "orders") == [[]]
+    reviews = {each["order_id"]: each for each in (await api_alone.get("/reviews")).json()["reviews"]}
+    assert {name: each["earlier_orders"] for name, each in reviews.items()} == {
+        "hers-now": 4,
+        "his": 0,
+        "nobodys": None,
+    }
+    assert reviews["hers-now"]["payment_id"] == "pay-now"
 
 
 async def test_a_line_of_the_list(api_alone: httpx.AsyncClient, pool: asyncpg.Pool) -> None:
@@ -1164,7 +1208,8 @@ def test_every_documented_error_is_a_problem() -> None:
     for name, operation in operations():
         for status, response in operation["responses"].items():
             if status >= "400":
-                assert list(response["content"]) == ["application/problem+json"], f"{name} {status}"
+                kind = "application/json" if name == "GET /readyz" else "application/problem+json"
+                assert list(response["content"]) == [kind], f"{name} {status}"
                 assert response["description"], f"{name} {status}"
 
 
@@ -1189,6 +1234,28 @@ def test_every_body_has_examples_that_are_taken() -> None:
             assert set(schema.get("required", [])) <= set(example), name
             if model := models.get(schema["title"]):
                 model.model_validate(example)
+
+
+def test_every_answer_that_is_worth_repeating_says_when() -> None:
+    for name, operation in operations():
+        for status in {"429", "503"} & set(operation["responses"]):
+            if name != "GET /readyz":
+                assert "Retry-After" in operation["responses"][status]["headers"], f"{name} {status}"
+
+
+def test_operations_have_ids_and_their_tags_a_description() -> None:
+    ids = [operation["operationId"] for _, operation in operations()]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("[a-z_]+", each) for each in ids), "ids are names, not made from paths"
+    described = {tag["name"] for tag in documented()["tags"] if tag["description"]}
+    assert {tag for _, operation in operations() for tag in operation["tags"]} == described
+
+
+def test_closed_sets_are_enumerated() -> None:
+    schemas = documented()["components"]["schemas"]
+    assert {"TooLate", "OrderNotFound", "DatabaseUnavailable"} <= set(schemas["Problem"]["properties"]["code"]["enum"])
+    assert schemas["PaymentStatus"]["enum"] == ["INIT", "CHARGED", "FAILED", "REFUNDED"]
+    assert set(Step) < set(schemas["Event"]["properties"]["type"]["enum"])
 
 
 async def test_document_is_served_and_says_the_same(counter: httpx.AsyncClient) -> None:

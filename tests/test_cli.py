@@ -6,20 +6,24 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import typer
+from typer.core import TyperCommand
 from typer.main import get_group
 from typer.testing import CliRunner
 
-from app.cli import order
+from app.cli import main, order
 from app.cli.client import CallFailed, ExitCode, ServerSent, answer, connect, server_sent
 from app.cli.demo import percentile
 from app.cli.output import printable
@@ -125,20 +129,21 @@ async def test_text_tells_what_json_tells(cli: Cli, api: httpx.AsyncClient, orde
     await start(api, order_id, items=[{"sku": "CUP", "quantity": 3, "unit_price": "1.50"}])
     await until_step(api, order_id, "awaiting_review")
     reviews = await cli("order", "reviews")
-    assert re.search(rf"^{order_id} +\d+ +\S+ +4.50 USD +3 CUP$", reviews.out, re.MULTILINE)
+    assert re.search(rf"^{order_id} +\d+ +\S+ +4.50 USD +3 CUP +pay-{order_id}$", reviews.out, re.MULTILINE)
     approved = await cli("order", "approve", order_id, "--note", "fine")
     assert approved.out.startswith(f"{order_id}: the approval counts; the order is ")
     watched = await cli("order", "watch", order_id)
     assert watched.code == 0
     assert [line.split()[1] for line in watched.out.splitlines()] == LIFE
-    assert re.search(r"^[\d:.]+  charging +“fine”  payment_id=pay-", watched.out, re.MULTILINE)
-    assert re.search(r"^[\d:.]+  charged +4.50 USD  reference=", watched.out, re.MULTILINE)
+    assert re.search(r"^[\d:.]+(?:Z|[+-]\d{4})  charging +“fine”  payment_id=pay-", watched.out, re.MULTILINE)
+    assert re.search(r"^[\d:.]+\S+  charged +4.50 USD  reference=", watched.out, re.MULTILINE)
 
     views = (("events", order_id), ("status", order_id), ("show", order_id), ("list", "--step", "shipped"))
     events, status, shown, listed = await asyncio.gather(*(cli("order", *view) for view in views))
     assert events.out == watched.out
     assert status.out.splitlines() == [f"{'ORDER':{len(order_id)}}  STEP     LAST ERROR", f"{order_id}  shipped"]
     assert re.search(r"^step +shipped$", shown.out, re.MULTILINE)
+    assert re.search(r"^note +fine$", shown.out, re.MULTILINE)
     assert re.search(r"^CUP  3         1.50 USD$", shown.out, re.MULTILINE)
     assert re.search(rf"^{order_id}  shipped .* 4.50 USD  pay-{order_id} ", listed.out, re.MULTILINE)
     assert "\x1b" not in watched.out + status.out + shown.out + listed.out
@@ -214,6 +219,54 @@ async def test_pages_are_put_together(api_url: str, api: httpx.AsyncClient, monk
     assert await asyncio.to_thread(pages, None) == (newest_first, False)
     assert await asyncio.to_thread(pages, 3) == (newest_first[:3], True)
     assert await asyncio.to_thread(pages, 5) == (newest_first, False)
+
+
+async def test_orders_of_one_customer_and_ids_to_complete(
+    cli: Cli, api: httpx.AsyncClient, api_url: str, order_id: str
+) -> None:
+    await start(api, order_id, customer_id=f"c-{order_id}", currency="eur")
+    await start(api, f"{order_id}-other")
+    for each in (order_id, f"{order_id}-other"):
+        await until_step(api, each, "awaiting_review")
+    listed = (await cli("order", "list", "--customer", f"c-{order_id}", "--json")).json["orders"]
+    assert [(each["order_id"], each["currency"]) for each in listed] == [(order_id, "EUR")]
+
+    def complete(url: str) -> list[str]:
+        context = typer.Context(TyperCommand("status"), info_name="status")
+        context.params = {"url": url}
+        return order._known_ids(context, f"{order_id}-")
+
+    assert await asyncio.to_thread(complete, api_url) == [f"{order_id}-other"]
+    assert await asyncio.to_thread(complete, f"http://127.0.0.1:{free_port()}") == []
+
+
+async def test_all_orders_are_watched_until_ctrl_c(api_url: str, api: httpx.AsyncClient, order_id: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app", "watch", "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "TRELLIS_URL": api_url},
+    )
+    assert process.stdout
+    try:
+        await start(api, order_id)
+        await until_step(api, order_id, "awaiting_review")
+        await api.post(f"/orders/{order_id}/signals/approve")
+        steps = []
+        async with asyncio.timeout(30):
+            while steps[-1:] != ["shipped"]:
+                order = json.loads(await process.stdout.readline())
+                assert order["order_id"] == order_id
+                steps.append(order["step"])
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(main.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"trellis {metadata.version('trellis')}\n")
 
 
 # --- how commands end

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from app.order.models import OTHER_EVENTS, STEP_EVENTS
+from app.problems import codes
 from app.settings import Settings, variable
-from app.steps import NEXT_STEPS
+from app.steps import NEXT_STEPS, Step
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- begin generated -->", "<!-- end generated -->"
 
 
 def _default(field: FieldInfo) -> str:
@@ -28,15 +31,41 @@ def _configuration() -> str:
     return "\n".join(lines)
 
 
-def test_configuration_table_is_that_of_the_settings() -> None:
-    path = ROOT / "docs/configuration.md"
+def _codes() -> str:
+    lines = ["| code | status | meaning |", "|---|---|---|"]
+    lines += [f"| `{code}` | {status} | {meaning} |" for code, (status, meaning) in codes().items()]
+    return "\n".join(lines)
+
+
+def _events() -> str:
+    lines = ["| type | payload |", "|---|---|"]
+    lines += [f"| `{name}` | {payload or 'nothing'} |" for name, payload in (STEP_EVENTS | OTHER_EVENTS).items()]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("document", "name", "table"),
+    [
+        ("docs/configuration.md", "", _configuration),
+        ("docs/api.md", ": codes", _codes),
+        ("docs/api.md", ": events", _events),
+    ],
+)
+def test_generated_tables_are_those_of_the_code(document: str, name: str, table: Callable[[], str]) -> None:
+    path = ROOT / document
     text = path.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    fresh = f"{before}{BEGIN}\n{_configuration()}\n{END}{after}"
+    begin, end = f"<!-- begin generated{name} -->\n", f"<!-- end generated{name} -->"
+    before, found, rest = text.partition(begin)
+    assert found, f"{document} has no {begin}"
+    _, _, after = rest.partition(end)
+    fresh = f"{before}{begin}{table()}\n{end}{after}"
     if os.environ.get("UPDATE_DOCS"):
         path.write_text(fresh)
-    assert text == fresh, "docs/configuration.md is stale: UPDATE_DOCS=1 pytest tests/test_docs.py"
+    assert text == fresh, f"{document} is stale: UPDATE_DOCS=1 pytest tests/test_docs.py"
+
+
+def test_every_step_has_an_event() -> None:
+    assert set(STEP_EVENTS) == set(Step)
 
 
 def test_every_setting_is_described() -> None:

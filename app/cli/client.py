@@ -53,15 +53,21 @@ class CallFailed(Exception):
 
 
 @contextmanager
-def connect(url: str) -> Iterator[Api]:
-    """The API at `url`, with nothing sent yet. A call that fails inside ends the command, and is not repeated."""
+def connect(url: str, *, timeout: float = TIMEOUT, quiet: bool = False) -> Iterator[Api]:
+    """The API at `url`, with nothing sent yet. A call that fails inside ends the command, and is not repeated.
+
+    Args:
+        timeout: seconds to wait for an answer.
+        quiet: do not print why a call failed.
+    """
     import httpx
 
     try:
-        with unanswered(url), httpx.Client(base_url=url, timeout=TIMEOUT, trust_env=proxied(url)) as http:
+        with unanswered(url), httpx.Client(base_url=url, timeout=timeout, trust_env=proxied(url)) as http:
             yield Api(http, url)
     except CallFailed as failed:
-        typer.echo(f"trellis: {failed}", err=True)
+        if not quiet:
+            typer.echo(f"trellis: {failed}", err=True)
         raise typer.Exit(failed.code) from failed
 
 

@@ -6,7 +6,8 @@ import atexit
 import os
 import sys
 from contextlib import suppress
-from typing import Final, NoReturn
+from importlib import metadata
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -18,7 +19,15 @@ from app.cli.load import load
 from app.cli.reconcile import reconcile
 from app.cli.run import run
 from app.cli.sandbox import sandbox
+from app.cli.watch import watch
 from app.errors import TrellisError
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"trellis {metadata.version('trellis')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="trellis",
@@ -28,6 +37,17 @@ app = typer.Typer(
     help="The life of an order - review, payment, shipping - as Temporal workflows.\n\n"
     "Settings come from TRELLIS_* environment variables; docs/configuration.md lists them.",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(run)
 app.command()(serve.api)
 app.command()(serve.worker)
@@ -37,6 +57,7 @@ app.command()(sandbox)
 app.command()(audit)
 app.command()(reconcile)
 app.add_typer(order.app, name="order")
+app.command(epilog=EXIT_CODES)(watch)
 app.add_typer(deployment.app, name="deployment")
 app.add_typer(namespace.app, name="namespace")
 app.command(epilog=EXIT_CODES)(demo)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -21,6 +23,10 @@ command: Final = partial(app.command, epilog=EXIT_CODES)
 
 #: Most rows the API puts on one page.
 PAGE: Final = 200
+#: Seconds a tab may take.
+COMPLETION_TIMEOUT: Final = 2.0
+#: Seconds between two looks at the queue.
+REFRESH: Final = 2.0
 
 
 def _one_segment(order_id: str) -> str:
@@ -30,7 +36,22 @@ def _one_segment(order_id: str) -> str:
     return order_id
 
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="The order's id.", callback=_one_segment, show_default=False)]
+def _known_ids(context: typer.Context, incomplete: str) -> list[str]:
+    """For tab completion: the newest orders whose ids begin so. None where there is no API."""
+    try:
+        with connect(context.params.get("url") or DEFAULT_URL, timeout=COMPLETION_TIMEOUT, quiet=True) as api:
+            newest = api.get("/orders", limit=PAGE)["orders"]
+    except typer.Exit:
+        return []
+    return [order["order_id"] for order in newest if order["order_id"].startswith(incomplete)]
+
+
+Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="The order's id.", callback=_one_segment, autocompletion=_known_ids, show_default=False
+    ),
+]
 Signal = Annotated[
     bool,
     typer.Option("--signal", help="Send it and do not wait for the answer; works while the workers are down."),
@@ -183,6 +204,7 @@ def show(order_id: Id, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 @command("list")
 def list_orders(
     step: Annotated[Step | None, typer.Option(help="Only orders at this step.")] = None,
+    customer: Annotated[str | None, typer.Option(metavar="ID", help="Only orders of this customer.")] = None,
     limit: Limit = 50,
     every: All = False,
     url: Url = DEFAULT_URL,
@@ -190,7 +212,7 @@ def list_orders(
 ) -> None:
     """Orders, newest first."""
     with connect(url) as api:
-        found = _pages(api, "/orders", "orders", None if every else limit, step=step)
+        found = _pages(api, "/orders", "orders", None if every else limit, step=step, customer_id=customer)
     if as_json:
         output.as_json(found)
         return
@@ -201,12 +223,28 @@ def list_orders(
 
 
 @command()
-def reviews(limit: Limit = 50, every: All = False, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def reviews(
+    limit: Limit = 50,
+    every: All = False,
+    again: Annotated[bool, typer.Option("--watch", help="Show the queue again every two seconds.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
     """Orders that await a decision, the most urgent first."""
-    with connect(url) as api:
-        found = _pages(api, "/reviews", "reviews", None if every else limit)
+    with connect(url) as api, suppress(KeyboardInterrupt):
+        while True:
+            found = _pages(api, "/reviews", "reviews", None if every else limit)
+            if again and not as_json:
+                output.clear()
+            _show_reviews(found, as_json=as_json, lines=again)
+            if not again:
+                return
+            time.sleep(REFRESH)
+
+
+def _show_reviews(found: dict[str, Any], *, as_json: bool, lines: bool) -> None:
     if as_json:
-        output.as_json(found)
+        output.as_json(found, lines=lines)
         return
     from app.order.models import ReviewPage
 
@@ -329,7 +367,7 @@ def _order_row(order: OrderSummary) -> output.Row:
     )
 
 
-_REVIEW_COLUMNS: Final = ("ORDER", "SECONDS LEFT", "DEADLINE", "TOTAL", "ITEMS", "CUSTOMER")
+_REVIEW_COLUMNS: Final = ("ORDER", "SECONDS LEFT", "DEADLINE", "TOTAL", "ITEMS", "PAYMENT", "CUSTOMER", "ORDERS BEFORE")
 
 
 def _review_row(task: ReviewTask) -> output.Row:
@@ -339,7 +377,9 @@ def _review_row(task: ReviewTask) -> output.Row:
         output.moment(task.review_deadline),
         f"{task.total} {task.currency}",
         ", ".join(f"{item.quantity} {item.sku}" for item in task.items),
+        task.payment_id or "",
         task.customer_id or "",
+        "" if task.earlier_orders is None else str(task.earlier_orders),
     )
 
 
@@ -356,6 +396,8 @@ def _facts(order: OrderView) -> list[tuple[str, str]]:
         ("customer", order.customer_id or ""),
         ("address", f"{address.line1}, {address.city}, {address.state}, {address.zip}" if address else ""),
         ("review until", output.moment(order.review_deadline)),
+        ("note", order.review_note or ""),
+        ("reason", order.reason or ""),
         ("tracking", order.tracking or ""),
         ("workflow", order.workflow_id),
         ("run", order.run_id or ""),

@@ -55,12 +55,20 @@ def remark(text: str) -> None:
     typer.echo(printable(text), err=True)
 
 
+def clear() -> None:
+    """An empty screen, on a terminal."""
+    from rich.console import Console
+
+    Console().clear()
+
+
 def moment(time: datetime | None) -> str:
-    """Local time, with the date unless it is today's."""
+    """Local time with its offset from UTC, and with the date unless it is today's."""
     if time is None:
         return ""
     local = time.astimezone()
-    clock = f"{local:%H:%M:%S}.{local.microsecond // 1000:03}"
+    offset = f"{local:%z}" if local.utcoffset() else "Z"
+    clock = f"{local:%H:%M:%S}.{local.microsecond // 1000:03}{offset}"
     return clock if local.date() == datetime.now(local.tzinfo).date() else f"{local:%Y-%m-%d} {clock}"
 
 

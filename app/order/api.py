@@ -24,6 +24,7 @@ from app.order.models import (
     OrderView,
     Review,
     ReviewPage,
+    ShortId,
     SignalBody,
     StartAccepted,
     StartOrder,
@@ -57,6 +58,7 @@ async def _parts(request: Request) -> OrderParts:  # FastAPI would call a plain 
 Orders = Annotated[OrderParts, Depends(_parts)]
 Id = Annotated[OrderId, Path(alias="id", description="1 to 64 of `A-Z a-z 0-9 . _ -`.", examples=["o-1"])]
 After = Annotated[str | None, Query(description="`next` of the page before.")]
+Customer = Annotated[ShortId | None, Query(description="Only orders of this customer.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
 
 
@@ -155,9 +157,11 @@ async def change_address(order_id: Id, address: Address, orders: Orders) -> Deci
 
 
 @router.get("/orders", tags=["orders"], summary="List orders", responses=problems())
-async def newest(orders: Orders, step: Step | None = None, after: After = None, limit: Limit = 50) -> OrderPage:
-    """Orders, newest first."""
-    return await orders.repository.newest(step, after, limit)
+async def newest(
+    orders: Orders, step: Step | None = None, customer_id: Customer = None, after: After = None, limit: Limit = 50
+) -> OrderPage:
+    """Orders, newest first; those of one step, one customer, or both."""
+    return await orders.repository.newest(step, after, limit, customer_id)
 
 
 @router.get("/orders/{id}", tags=["orders"], summary="All of an order", responses=problems(404))

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.money import MAX_TOTAL, Amount, Currency, Money, quantize
+from app.payment.models import PaymentStatus
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
 from app.steps import Step
 from app.text import IDENTIFIER, Remark
@@ -260,11 +261,49 @@ class Decided(BaseModel):
     step: Step
 
 
+#: Types of events besides the steps, each with what its payload holds. A client leaves out types that it does not know.
+OTHER_EVENTS: Final[dict[str, str]] = {
+    "attempt_failed": "`activity`, `attempt`, `error_type`, `message`, `retryable`",
+    "attempt_retried": "`activity`, `attempt`, `error_type` of the attempt before",
+    "address_changed": "",
+    "address_refused": "",
+    "address_ignored": "`reason`",
+    "approve_ignored": "`reason`",
+    "cancel_refused": "`reason`",
+    "recalled": "",
+    "refunded": "`payment_id`, `reference`, `amount`, `currency`",
+    "reconciled": "`found`, `reason`",
+}
+
+#: What the payload of a step's event holds.
+STEP_EVENTS: Final[dict[Step, str]] = {
+    Step.RECEIVED: "`payment_id`, `amount`, `currency`",
+    Step.AWAITING_REVIEW: "`review_timeout_seconds`",
+    Step.CHARGING: "`payment_id`; `note` of the approval, if it has one",
+    Step.CHARGED: "`payment_id`, `reference`, `amount`, `currency`",
+    Step.PREPARED: "",
+    Step.SHIPPED: "`tracking`, `pickup`",
+    Step.REJECTED: "`reason`; `note` of the review, if it has one",
+    Step.EXPIRED: "`reason`",
+    Step.CANCELLED: "`reason`",
+    Step.PAYMENT_FAILED: "`payment_id`, `reason`",
+    Step.SHIPPING_FAILED: "`reason`",
+}
+
+
+def _event_types(schema: dict[str, Any]) -> None:
+    payloads = {str(name): payload for name, payload in (STEP_EVENTS | OTHER_EVENTS).items()}
+    schema["enum"] = list(payloads)
+    schema["description"] = "What happened, and what the payload holds:\n\n" + "\n".join(
+        f"- `{name}`: {payload or 'nothing'}" for name, payload in payloads.items()
+    )
+
+
 class Event(BaseModel):
     """One line of the timeline."""
 
     id: int = Field(examples=[42])
-    type: str = Field(examples=["charged"])
+    type: str = Field(examples=["charged"], json_schema_extra=_event_types)
     ts: datetime
     payload: dict[str, Any] = Field(examples=[{"amount": "50.00", "currency": "USD"}])
 
@@ -279,7 +318,7 @@ class PaymentView(BaseModel):
     """The order's payment, once a charge has begun."""
 
     payment_id: str
-    status: str = Field(examples=["CHARGED"])
+    status: PaymentStatus = Field(examples=["CHARGED"])
     amount: Amount
     provider_reference: str | None
     created_at: datetime
@@ -310,6 +349,8 @@ class OrderView(OrderSummary):
     tracking: str | None
     payment: PaymentView | None
     trace_id: str | None = Field(None, description="The trace that shows all of the order; null if it was not traced.")
+    review_note: str | None = Field(None, description="What the clerk noted with the decision.")
+    reason: str | None = Field(None, description="Why an order that has ended did not ship.")
 
 
 class OrderPage(BaseModel):
@@ -329,6 +370,10 @@ class ReviewTask(BaseModel):
     currency: str
     items: list[Item]
     customer_id: str | None
+    payment_id: str | None
+    earlier_orders: int | None = Field(
+        description="How many orders of this customer came before, counted to 100; null without a `customer_id`."
+    )
     created_at: datetime
 
 

@@ -77,7 +77,10 @@ _STATUS = "SELECT state, last_error FROM orders WHERE id = $1"
 
 _VIEW = """
 SELECT orders.*, payments.payment_id AS paid_with, payments.status, payments.amount, payments.provider_reference,
-       payments.created_at AS payment_created_at
+       payments.created_at AS payment_created_at,
+       (SELECT payload_json ->> 'note' FROM events
+        WHERE order_id = orders.id AND key IN ('charging', 'rejected') AND payload_json ? 'note') AS review_note,
+       (SELECT payload_json ->> 'reason' FROM events WHERE order_id = orders.id AND key = state) AS reason
 FROM orders LEFT JOIN payments ON payments.order_id = orders.id
 WHERE orders.id = $1
 """
@@ -88,8 +91,23 @@ WHERE ($1::text IS NULL OR state = $1) AND ($2::timestamptz IS NULL OR (created_
 ORDER BY created_at DESC, id DESC LIMIT $4
 """
 
-_IN_REVIEW = """
+_NEWEST_OF_CUSTOMER = """
 SELECT * FROM orders
+WHERE customer_id = $5
+  AND ($1::text IS NULL OR state = $1) AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3))
+ORDER BY created_at DESC, id DESC LIMIT $4
+"""
+
+_IN_REVIEW = """
+SELECT orders.*, earlier.orders AS earlier_orders
+FROM orders
+LEFT JOIN LATERAL (
+    SELECT count(*) AS orders FROM (
+        SELECT FROM orders AS other
+        WHERE other.customer_id = orders.customer_id AND (other.created_at, other.id) < (orders.created_at, orders.id)
+        ORDER BY other.created_at DESC, other.id DESC LIMIT 100
+    ) AS counted
+) AS earlier ON orders.customer_id IS NOT NULL
 WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
 ORDER BY review_deadline, id LIMIT $3
 """
@@ -217,12 +235,19 @@ class OrderRepository:
             tracking=row["tracking"],
             payment=row["paid_with"] and _payment(row),
             trace_id=row["trace_id"],
+            review_note=row["review_note"],
+            reason=row["reason"],
         )
 
-    async def newest(self, step: Step | None, after: str | None, limit: int) -> OrderPage:
-        """A page of orders, newest first."""
+    async def newest(
+        self, step: Step | None, after: str | None, limit: int, customer_id: str | None = None
+    ) -> OrderPage:
+        """A page of orders, newest first; of one step, one customer, or both."""
         created_at, order_id = _parse_cursor(after)
-        rows = await self._pool.fetch(_NEWEST, step, created_at, order_id, limit + 1)
+        if customer_id is None:
+            rows = await self._pool.fetch(_NEWEST, step, created_at, order_id, limit + 1)
+        else:
+            rows = await self._pool.fetch(_NEWEST_OF_CUSTOMER, step, created_at, order_id, limit + 1, customer_id)
         return OrderPage(
             orders=[_summary(row) for row in rows[:limit]],
             next=_cursor(rows[limit - 1], "created_at") if len(rows) > limit else None,
@@ -282,6 +307,8 @@ def _review_task(row: asyncpg.Record) -> ReviewTask:
         currency=row["currency"],
         items=row["items_json"],
         customer_id=row["customer_id"],
+        payment_id=row["payment_id"],
+        earlier_orders=row["earlier_orders"],
         created_at=row["created_at"],
     )
 
