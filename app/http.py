@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
 
-from app import db, health, metrics, temporal, tracing
+from app import db, health, metrics, stopping, temporal, tracing
 from app.errors import TrellisError
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
@@ -53,7 +53,7 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_services(settings) as services:
             repository = OrderRepository(services.pool)
-            feed = EventFeed(repository)
+            feed = EventFeed(repository, max_streams=settings.max_streams, max_seconds=settings.stream_max_seconds)
             service = OrderService(settings, repository, services.temporal)
             app.state.services = services
             app.state.readiness = health.Readiness()
@@ -61,11 +61,12 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
                 health.require_servers(readiness, services.pool, services.temporal)
             app.state.orders = OrderParts(service, repository, feed)
             try:
-                if beside is None:
-                    yield
-                else:
-                    async with beside(services):
+                with stopping.at_signal(feed.leave):
+                    if beside is None:
                         yield
+                    else:
+                        async with beside(services):
+                            yield
             finally:
                 await feed.close()
 

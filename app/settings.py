@@ -53,6 +53,14 @@ class Settings(BaseSettings):
         description="Seconds a connection to the API may be idle before it is closed. More than the proxy in front of "
         "it allows: a request on a connection that is just being closed is lost, and answered 502.",
     )
+    max_streams: PositiveInt = Field(
+        500, description="Most event streams per process; one more is answered 503 with `Retry-After`."
+    )
+    stream_max_seconds: PositiveFloat = Field(
+        900.0,
+        description="Longest time an event stream lasts. It ends in order, and a client goes on by `Last-Event-ID`, as "
+        "browsers and `trellis order watch` do by themselves.",
+    )
 
     # Workers
     order_task_queue: str = Field("default", description="Task queue of `OrderWorkflow` and payments.")
