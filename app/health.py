@@ -74,20 +74,26 @@ class Readiness:
         """Ask this no longer."""
         self._checks.pop(name, None)
 
-    async def states(self) -> dict[str, str]:
-        """`ok` or the reason, for each."""
+    async def states(self, *, details: bool = True) -> dict[str, str]:
+        """`ok` or the reason, for each.
+
+        Args:
+            details: with what the servers and the network said, which has addresses in it.
+        """
         checks = dict(self._checks)  # others may come or go while these are asked
         with suppress_instrumentation():
-            states = await asyncio.gather(*map(_state, checks.values()))
+            states = await asyncio.gather(*(_state(check, details=details) for check in checks.values()))
         return dict(zip(checks, states, strict=True))
 
 
-async def _state(check: Check) -> str:
+async def _state(check: Check, *, details: bool) -> str:
     try:
         await asyncio.wait_for(check(), _CHECK_SECONDS)
     except (NotReady, RPCError, RuntimeError, *db.UNAVAILABLE) as error:
+        if isinstance(error, NotReady):
+            return str(error)[:200]
         reason = str(error) or "no answer in time"
-        return (reason if isinstance(error, NotReady) else f"{type(error).__name__}: {reason}")[:200]
+        return f"{type(error).__name__}: {reason}"[:200] if details else "does not answer"
     return "ok"
 
 

@@ -35,8 +35,8 @@ def api(
     _end_on_sigterm()
     from app.http import create_app
 
-    settings = _settings()
-    serve(create_app(settings), settings, host, port)
+    settings = _settings(host, port)
+    serve(create_app(settings), settings)
 
 
 def run_all(
@@ -48,24 +48,25 @@ def run_all(
     from app import db
     from app.main import create
 
-    settings = _settings()
+    settings = _settings(host, port)
     # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
     version = asyncio.run(_reach_database(settings, wait=True))
     if version is None or version < db.SCHEMA_VERSION:
         db.migrate(settings.database_url.get_secret_value())
     application = create(settings)
     try:
-        serve(application, settings, host, port)
+        serve(application, settings)
     finally:
         if application.state.workers_failed:
             sys.exit(1)
 
 
-def _settings() -> Settings:
+def _settings(host: str | None = None, port: int | None = None) -> Settings:
     from app.settings import load
     from app.telemetry import configure_logging
 
-    settings = load()
+    given = {"api_host": host, "api_port": port}
+    settings = load(**{name: value for name, value in given.items() if value is not None})
     configure_logging(settings)
     return settings
 
@@ -79,22 +80,21 @@ def _end_on_sigterm(code: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
 
 
-def serve(application: object, settings: Settings, host: str | None, port: int | None) -> None:
-    """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave.
-
-    Args:
-        host: where to listen, if not where the settings say. So is `port`.
-    """
+def serve(application: object, settings: Settings) -> None:
+    """Run an ASGI application where the settings say, until SIGINT or SIGTERM."""
     import uvicorn
+
+    from app import serving
 
     uvicorn.run(
         application,  # type: ignore[arg-type]
-        host=host or settings.api_host,
-        port=port or settings.api_port,
+        host=settings.api_host,
+        port=settings.api_port,
+        http=serving.protocol(settings),
         log_config=None,
         access_log=False,
         timeout_keep_alive=settings.api_keep_alive_timeout,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=serving.GRACE,
     )
 
 
