@@ -49,9 +49,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # A bill of materials of exactly what is installed, as a file: make sbom.
 FROM dependencies AS sbom-tool
+COPY requirements/sbom.txt /build/requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/sbom \
- && pip --python /opt/sbom/bin/python install cyclonedx-bom==7.5.0
+ && pip --python /opt/sbom/bin/python install --no-compile --require-hashes --no-deps -r /build/requirements/sbom.txt
 COPY --from=application /opt/application /opt/venv
 RUN /opt/sbom/bin/cyclonedx-py environment --output-reproducible --output-file /trellis.cdx.json /opt/venv/bin/python
 

@@ -59,6 +59,8 @@ lock: $(VENV)/.dev ## Lock the dependencies anew, by hash and without any index 
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" $(ARGS) --constraint requirements/dev.txt \
 	  --group bench -o requirements/bench.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --custom-compile-command "make lock" $(ARGS) --group sbom -o requirements/sbom.txt
 
 install: $(VENV)/.dev ## Install everything into .venv
 

@@ -75,20 +75,26 @@ class Readiness:
         """Ask this no longer."""
         self._checks.pop(name, None)
 
-    async def states(self) -> dict[str, str]:
-        """`ok` or the reason, for each."""
+    async def states(self, *, details: bool = True) -> dict[str, str]:
+        """`ok` or the reason, for each.
+
+        Args:
+            details: with what the servers and the network said, which has addresses in it.
+        """
         checks = dict(self._checks)  # others may come or go while these are asked
         with suppress_instrumentation():
-            states = await asyncio.gather(*map(_state, checks.values()))
+            states = await asyncio.gather(*(_state(check, details=details) for check in checks.values()))
         return dict(zip(checks, states, strict=True))
 
 
-async def _state(check: Check) -> str:
+async def _state(check: Check, *, details: bool) -> str:
     try:
         await asyncio.wait_for(check(), _CHECK_SECONDS)
     except NotReady as error:
         return str(error)[:200]
     except (RPCError, RuntimeError, *db.UNAVAILABLE) as error:
+        if not details:
+            return "does not answer"
         return f"{type(error).__name__}: {str(error) or 'no answer in time'}"[:200]
     except Exception as error:
         # Whatever is wrong, who asks is answered: an answer of 500 would say less.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,7 +18,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
 
-from app import db, health, metrics, temporal, tracing
+from app import db, docs_page, health, metrics, serving, stopping, temporal, tracing
+from app.edge import Edge, is_probe, secure
 from app.errors import DatabaseUnavailable, TrellisError
 from app.identity import Identity
 from app.order.api import OrderParts
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 MAX_BODY_BYTES: Final = 64 * 1024
+#: Of a body that is refused so much is read, and so long, before the answer.
+DISCARD_BYTES: Final = 8 * 1024 * 1024
+DISCARD_SECONDS: Final = 5.0
 
 #: So much of the name of an unknown parameter is repeated in the answer.
 MAX_NAME: Final = 64
@@ -73,9 +78,10 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        serving.adopt(settings)
         async with open_services(settings) as services:
             repository = OrderRepository(services.pool)
-            feed = EventFeed(repository)
+            feed = EventFeed(repository, max_streams=settings.max_streams, max_seconds=settings.stream_max_seconds)
             service = OrderService(settings, repository, services.temporal)
             app.state.services = services
             app.state.identity = Identity(services.pool, services.temporal)
@@ -84,11 +90,12 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
                 health.require_servers(readiness, services.pool, services.temporal)
             app.state.orders = OrderParts(service, repository, feed)
             try:
-                if beside is None:
-                    yield
-                else:
-                    async with beside(services):
+                with stopping.at_signal(feed.leave):
+                    if beside is None:
                         yield
+                    else:
+                        async with beside(services):
+                            yield
             finally:
                 await feed.close()
 
@@ -98,6 +105,9 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
+        # Those of FastAPI load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
         # FastAPI's own telemetry would double ours.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         openapi_tags=TAGS,
@@ -105,9 +115,11 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(orders_router, dependencies=[Depends(_before_each_call)])
+    docs_page.add(app)
     _add_health(app)
     _add_problems(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(Edge, settings=settings)
+    app.add_middleware(BodyLimit, seconds=settings.api_body_timeout)
     app.add_middleware(CanonicalLog)
     tracing.instrument_api(app)
     return app
@@ -170,8 +182,8 @@ def _add_health(app: FastAPI) -> None:
         },
     )
     async def readyz(request: Request) -> JSONResponse:
-        """200, or 503 with the reason for each part that is not ready."""
-        return health.answer(await request.app.state.readiness.states())
+        """200, or 503 with the parts that are not ready. The metrics port says more."""
+        return health.answer(await request.app.state.readiness.states(details=False))
 
 
 # --- errors
@@ -282,6 +294,10 @@ def _too_large() -> ProblemResponse:
     return problem(413, "The body is too large", f"at most {MAX_BODY_BYTES} bytes", code="BodyTooLarge")
 
 
+def _encoded() -> ProblemResponse:
+    return problem(415, "The body is encoded", "send it without Content-Encoding", code="BodyEncoded")
+
+
 _AGAIN: Final = "Nothing was changed, or what was changed is not done twice: repeat the same call."
 
 
@@ -289,53 +305,113 @@ _AGAIN: Final = "Nothing was changed, or what was changed is not done twice: rep
 
 
 class BodyLimit:
-    """Refuses a large body: by its announced length, or when more arrives than was announced. As a problem, where
-    FastAPI's own limit answers in plain text."""
+    """Refuses a body that is too large, by its announced length or when more arrives than was announced; one that
+    takes too long; and one that is encoded. As problems, where FastAPI's own limit answers in plain text.
 
-    def __init__(self, app: ASGIApp) -> None:
+    What a client still sends when its answer is ready is read before it is answered: a connection that is closed
+    with something unread is reset, which takes the answer away, and with it all else that a tunnel carries.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app = app
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        announced = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-            await _too_large()(scope, receive, send)
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        announced = headers.get("content-length", "0")
+        if announced == "0" and "transfer-encoding" not in headers:
+            await self.app(scope, receive, send)
             return
-        arrived = 0
+        body = _Body(receive, self.seconds, announced_only="expect" in headers)
 
-        async def count() -> Message:
-            nonlocal arrived
-            message = await receive()
-            arrived += len(message.get("body", b""))
-            if arrived > MAX_BODY_BYTES:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-            return message
+        async def read_first(message: Message) -> None:
+            if message["type"] == "http.response.start" and not await body.discard():
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
 
-        await self.app(scope, count, send)
+        if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+            await _too_large()(scope, receive, read_first)
+        elif headers.get("content-encoding", "identity") != "identity":
+            await _encoded()(scope, receive, read_first)
+        else:
+            await self.app(scope, body.receive, read_first)
+
+
+class _Body:
+    """A request's body on its way here.
+
+    Args:
+        receive: where it comes from.
+        seconds: how long all of it may take.
+        announced_only: the client sends it when it is asked to, by the first `receive`.
+    """
+
+    def __init__(self, receive: Receive, seconds: float, *, announced_only: bool) -> None:
+        self._receive = receive
+        self._ends = time.monotonic() + seconds
+        self._arrived = 0
+        self._more = True
+        self._asked = not announced_only
+
+    async def receive(self) -> Message:
+        """The next part, as ASGI has it.
+
+        Raises:
+            HTTPException: 408 or 413.
+        """
+        if not self._more:
+            return await self._receive()  # until the client is gone
+        try:
+            message = await asyncio.wait_for(self._next(), self._ends - time.monotonic())
+        except TimeoutError:
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
+        if self._arrived > MAX_BODY_BYTES:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        return message
+
+    async def discard(self) -> bool:
+        """Read what is left, within limits; whether that was all."""
+        if not self._asked:
+            return False
+        try:
+            async with asyncio.timeout(min(DISCARD_SECONDS, self._ends - time.monotonic())):
+                while self._more and self._arrived < DISCARD_BYTES:
+                    await self._next()
+        except TimeoutError:
+            pass  # it is answered, whatever becomes of the rest
+        return not self._more
+
+    async def _next(self) -> Message:
+        self._asked = True
+        message = await self._receive()
+        self._arrived += len(message.get("body", b""))
+        self._more = message.get("more_body", False)
+        return message
 
 
 class CanonicalLog:
     """One log line and one observation per request: method, route template, status, duration. Never a path, a query
-    or a body."""
-
-    #: Asked every few seconds by whoever watches the process.
-    quiet: Final = frozenset({"/healthz", "/readyz"})
+    or a body. An error that nobody answered is answered here: past this, uvicorn would close the connection, and with
+    it lose the next request on it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.quiet:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http" or is_probe(scope):
+            await self.app(_as_get(scope), receive, _secured(send))
             return
         # A request that was sent before the answer to the one before it begins in the context of that one.
         structlog.contextvars.clear_contextvars()
         tracing.forget()
-        began, status, first_byte = time.monotonic(), 500, None
+        method, scope = scope["method"], _as_get(scope)
+        began, status, first_byte = time.monotonic(), 0, None
 
         async def note_status(message: Message) -> None:
             nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = message["status"]
+                secure(message)
                 tracing.name_request(scope)
                 if (b"content-type", b"text/event-stream; charset=utf-8") in message.get("headers", ()):
                     # Whoever watches an order stays as long as it lasts, which says nothing of how fast we are.
@@ -344,18 +420,36 @@ class CanonicalLog:
 
         try:
             await self.app(scope, receive, note_status)
-        except Exception:
-            tracing.name_request(scope)  # it is answered outside
-            raise
+        except Exception as error:
+            tracing.failed(type(error).__name__)
+            if status:
+                raise  # the answer has begun: it can only be broken off
+            await (await _unexpected_problem(Request(scope), error))(scope, receive, note_status)
         finally:
-            method, route = scope["method"], getattr(scope.get("route"), "path", "unknown")
+            route = getattr(scope.get("route"), "path", "unknown")
             seconds = time.monotonic() - began
-            metrics.request_ended(method, route, status, first_byte or seconds)
+            metrics.request_ended(method, route, status or 500, first_byte or seconds)
             log.info(
                 "request",
                 method=method,
                 route=route,
-                status=status,
+                status=status or 500,
                 order_id=scope.get("path_params", {}).get("id"),
                 duration_seconds=round(seconds, 4),
             )
+
+
+def _secured(send: Send) -> Send:
+    async def send_secured(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            secure(message)
+        await send(message)
+
+    return send_secured
+
+
+def _as_get(scope: Scope) -> Scope:
+    """HEAD is GET without the body, which uvicorn leaves out. Without `Accept`, because a stream has no end."""
+    if scope.get("method") != "HEAD":
+        return scope
+    return {**scope, "method": "GET", "headers": [header for header in scope["headers"] if header[0] != b"accept"]}

@@ -113,12 +113,20 @@ SANDBOX_IN_USE: Final = Gauge(
     ["partner"],
     registry=REGISTRY,
 )
+STREAMS: Final = Gauge("trellis_event_streams", "Timelines that are watched live at this moment.", registry=REGISTRY)
+BACKGROUND_FAILURES: Final = Counter(
+    "trellis_background_failures_total",
+    "Failures of a background task that others depend on; it was started again.",
+    ["task"],
+    registry=REGISTRY,
+)
 
 ATTEMPT_OUTCOMES: Final = ("success", "retry", "failure")
 SIGNAL_OUTCOMES: Final = ("accepted", "ignored", "refused")
 CUSTOMER_SIGNALS: Final = ("approve", "cancel", "address")
 REFUND_OUTCOMES: Final = ("succeeded", "refused")
 RECONCILE_OUTCOMES: Final = ("settled", "left", "defect")
+BACKGROUND_TASKS: Final = ("timelines", "gauges")
 
 
 def _names_of_errors(kind: type[errors.TrellisError]) -> Iterator[str]:
@@ -154,6 +162,8 @@ def _start_at_zero() -> None:
     for signal in CUSTOMER_SIGNALS:
         for outcome in SIGNAL_OUTCOMES:
             SIGNALS.labels(signal, outcome)
+    for task in BACKGROUND_TASKS:
+        BACKGROUND_FAILURES.labels(task)
 
 
 _start_at_zero()
@@ -234,6 +244,11 @@ def request_ended(method: str, route: str, status: int, seconds: float) -> None:
 def query_ended(query: asyncpg.connection.LoggedQuery) -> None:
     """Count a statement; a logger of asyncpg."""
     QUERY_DURATION.labels(operation(query.query)).observe(query.elapsed, exemplar=_exemplar())
+
+
+def background_failed(task: str) -> None:
+    """Count a failure of a background task."""
+    BACKGROUND_FAILURES.labels(task).inc()
 
 
 #: What asyncpg's pool says to a connection that comes back.

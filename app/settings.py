@@ -20,10 +20,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import database_url
 from app.errors import TrellisError
+
+#: A name of a host, or `*.` and one.
+_HOST: Final = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9])?)*")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -105,6 +108,31 @@ class Settings(BaseSettings):
         75,
         description="Seconds a connection to the API may be idle before it is closed. More than the proxy in front of "
         "it allows: a request on a connection that is just being closed is lost, and answered 502.",
+    )
+    api_header_timeout: PositiveFloat = Field(
+        10.0, description="Seconds a client may take for the head of a request, from connecting or its first byte on."
+    )
+    api_body_timeout: PositiveFloat = Field(
+        30.0, description="Seconds a client may take for the body of a request; then it is answered 408."
+    )
+    api_limit_concurrency: PositiveInt = Field(
+        500,
+        description="Most requests per process that are worked on at once, besides event streams and probes; one more "
+        "is answered 503 with `Retry-After`. Connections beyond these and `TRELLIS_MAX_STREAMS` are closed.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Names under which the API may be called, with commas between them; `*.example.com`: every name "
+        "below it; `*`: any. Unset: any, but on loopback only `localhost` and its like, unless `TRELLIS_API_HOST` is "
+        "another address. IP addresses are always taken.",
+    )
+    max_streams: PositiveInt = Field(
+        500, description="Most event streams per process; one more is answered 503 with `Retry-After`."
+    )
+    stream_max_seconds: PositiveFloat = Field(
+        900.0,
+        description="Longest time an event stream lasts. It ends in order, and a client goes on by `Last-Event-ID`, as "
+        "browsers and `trellis order watch` do by themselves.",
     )
 
     # Workers
@@ -205,6 +233,10 @@ class Settings(BaseSettings):
 
     # Faults, for tests only
     failpoints: str | None = Field(None, description="Where this process is to break, see docs/reliability.md.")
+    failpoints_allowed: bool = Field(
+        False,
+        description="Whether this process may be broken at all; a second switch, for none to be left on by mistake.",
+    )
     failpoints_seed: int | None = Field(None, description="Makes the dice of the failpoints repeatable.")
     failpoints_log: Path | None = Field(None, description="File to which every hit of a failpoint is added.")
 
@@ -246,6 +278,26 @@ class Settings(BaseSettings):
         if isinstance(token, str) and token and not re.fullmatch(VISIBLE, token.strip()):
             raise ValueError("it has characters that no token has: only visible ASCII, without spaces")
         return (token.strip() or None) if isinstance(token, str) else token
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _list_of_hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        names = [name.strip().lower() for name in value.split(",") if name.strip()]
+        for name in names:
+            if name != "*" and not _HOST.fullmatch(name):
+                raise ValueError(f"`{name}` is not a name of a host: no scheme, port or path, such as shop.example.com")
+        return names or None
+
+    @model_validator(mode="after")
+    def _failpoints_are_allowed(self) -> Self:
+        if self.failpoints and not self.failpoints_allowed:
+            raise ValueError(
+                "TRELLIS_FAILPOINTS breaks this process on purpose: set TRELLIS_FAILPOINTS_ALLOWED=true as well, and "
+                "neither of them where orders are real"
+            )
+        return self
 
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from app import db, deployment, gauges, health, identity, metrics, temporal, workflow_runner
+from app import db, deployment, gauges, health, identity, metrics, supervision, temporal, workflow_runner
 from app.events import AttemptLog
 from app.interceptors import AttemptInterceptor
 
@@ -119,7 +120,7 @@ async def _not_started() -> None:
 
 async def _read_gauges(settings: Settings) -> None:
     if settings.metrics_port:
-        await gauges.keep_reading(settings)
+        await supervision.keep_running("gauges", partial(gauges.keep_reading, settings))
 
 
 async def _wait_for_servers(services: Services) -> None:

@@ -34,10 +34,9 @@ async def running_workers(services: Services) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def serving(app: object, **more: Any) -> AsyncIterator[str]:
-    """An ASGI application on a free loopback port; yields its URL. `more` goes to `uvicorn.Config`."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1, **more)  # type: ignore[arg-type]
-    )
+    """An ASGI application on a free loopback port; yields its URL. `more` goes to uvicorn."""
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1, **more}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))  # type: ignore[arg-type]
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     running = asyncio.create_task(server.serve())
     try:

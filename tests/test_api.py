@@ -1074,7 +1074,7 @@ async def live(client: httpx.AsyncClient, order_id: str, last_event_id: str = ""
     async with asyncio.timeout(60), client.stream("GET", f"/orders/{order_id}/events", headers=headers) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["cache-control"] == "no-cache, no-transform"
         yield LiveEvents(answer.aiter_lines())
 
 

@@ -181,7 +181,8 @@ async def test_a_worker_killed_in_mid_charge_leaves_its_statements_and_a_second_
     with grpc_collector() as collector:
         env = environment(settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
         # The provider takes three seconds, in which the statements before are sent.
-        dying = {**env, "TRELLIS_FAILPOINTS": "charge.after_gateway=die", "OTEL_BSP_SCHEDULE_DELAY": "1000"}
+        broken = {"TRELLIS_FAILPOINTS": "charge.after_gateway=die", "TRELLIS_FAILPOINTS_ALLOWED": "true"}
+        dying = {**env, **broken, "OTEL_BSP_SCHEDULE_DELAY": "1000"}
         async with _in_parts(tmp_path, env, first=dying) as (api, first):
             await _start(api, order, "pay-slow-1")
             (await api.post(f"/orders/{order}/signals/approve")).raise_for_status()

@@ -182,7 +182,7 @@ class _Run:
         if self._options.trace is not None:
             _write_traces(self._options.trace)
         application = create(settings)
-        api = ApiServer(application, bound, keep_alive_timeout=settings.api_keep_alive_timeout)
+        api = ApiServer(application, bound, settings)
         self._signals.when_forced(api.hurry)
         drain = settings.graceful_shutdown_timeout + DRAIN_MARGIN
         metrics = local_url(settings.metrics_host, settings.metrics_port)

@@ -33,10 +33,10 @@ def api(
 ) -> None:
     """Serve the HTTP API, without workers."""
     _end_on_sigterm()
-    settings = _settings(partners=True)
+    settings = _settings(host, port, partners=True)
     from app.http import create_app
 
-    serve(create_app(settings), settings, host, port)
+    serve(create_app(settings), settings)
 
 
 def run_all(
@@ -45,7 +45,7 @@ def run_all(
 ) -> None:
     """Migrate if needed, then serve the API and work on both task queues, all in this process."""
     _end_on_sigterm()
-    settings = _settings(partners=True)
+    settings = _settings(host, port, partners=True)
     from app import db
     from app.main import create
 
@@ -55,18 +55,19 @@ def run_all(
         db.migrate(settings.database_url.get_secret_value())
     application = create(settings)
     try:
-        serve(application, settings, host, port)
+        serve(application, settings)
     finally:
         if application.state.workers_failed:
             sys.exit(1)
 
 
-def _settings(*, partners: bool = False) -> Settings:
+def _settings(host: str | None = None, port: int | None = None, *, partners: bool = False) -> Settings:
     """The settings of this process, with logging set up. Where it works with partners, they must have been chosen."""
     from app.settings import load
     from app.telemetry import configure_logging
 
-    settings = load()
+    given = {"api_host": host, "api_port": port}
+    settings = load(**{name: value for name, value in given.items() if value is not None})
     configure_logging(settings)
     if partners:
         # First what needs no imports, as it is what most often ends here.
@@ -86,22 +87,21 @@ def _end_on_sigterm(code: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
 
 
-def serve(application: object, settings: Settings, host: str | None, port: int | None) -> None:
-    """Run an ASGI application until SIGINT or SIGTERM. Watchers of a timeline get five seconds to leave.
-
-    Args:
-        host: where to listen, if not where the settings say. So is `port`.
-    """
+def serve(application: object, settings: Settings) -> None:
+    """Run an ASGI application where the settings say, until SIGINT or SIGTERM."""
     import uvicorn
+
+    from app import serving
 
     uvicorn.run(
         application,  # type: ignore[arg-type]
-        host=host or settings.api_host,
-        port=port or settings.api_port,
+        host=settings.api_host,
+        port=settings.api_port,
+        http=serving.protocol(settings),
         log_config=None,
         access_log=False,
         timeout_keep_alive=settings.api_keep_alive_timeout,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=serving.GRACE,
     )
 
 

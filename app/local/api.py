@@ -8,15 +8,19 @@ import logging
 import socket
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
 
+from app import serving
 from app.local.processes import POLL, LocalError
 
+if TYPE_CHECKING:
+    from app.settings import Settings
+
 REQUESTS_GRACE = 3
-"""Seconds open requests are given at a stop; event streams never end by themselves."""
+"""Seconds open requests are given at a stop."""
 
 
 class AppFailed(LocalError):
@@ -42,17 +46,18 @@ class ApiServer:
     Args:
         app: the application; its lifespan starts and drains the workers.
         bound: where it listens.
-        keep_alive_timeout: seconds that a connection may be idle.
+        settings: limits of its connections.
     """
 
-    def __init__(self, app: Any, bound: socket.socket, *, keep_alive_timeout: int) -> None:
+    def __init__(self, app: Any, bound: socket.socket, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             lifespan="on",
             log_config=None,  # the application configures logging, and writes its own line per request
             log_level="warning",
             access_log=False,
-            timeout_keep_alive=keep_alive_timeout,
+            http=serving.protocol(settings),
+            timeout_keep_alive=settings.api_keep_alive_timeout,
             timeout_graceful_shutdown=REQUESTS_GRACE,
         )
         logging.getLogger("uvicorn.error").addFilter(_not_cancelled)

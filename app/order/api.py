@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
@@ -34,6 +34,9 @@ from app.order.service import OrderService
 from app.problems import problems
 from app.shipping.models import Address
 from app.steps import Step
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 #: A number of so many digits still fits PostgreSQL's bigint.
 MAX_EVENT_DIGITS: Final = 18
@@ -198,7 +201,7 @@ async def events(
         return await orders.repository.events(order_id)
     after = _event_number(last_event_id)
     if not status.step.final:
-        return _stream(orders.feed.watch(order_id, after))
+        return _LiveTimeline(orders.feed, order_id, after)
     rest = await orders.repository.events(order_id, after)
     # A browser comes back when a stream ends, and goes on doing so until it is told that there is no more.
     return _stream(_told(rest)) if rest.events else Response(status_code=HTTPStatus.NO_CONTENT)
@@ -217,8 +220,24 @@ def _event_number(last_event_id: str | None) -> int:
     return int(number)
 
 
+#: A proxy that collects an answer before it passes it on, or compresses it, makes a stream of nothing.
+_STREAM_HEADERS: Final = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+
+
 def _stream(events: AsyncIterator[Event | None]) -> Response:
-    return EventSourceResponse(_server_sent(events), headers={"Cache-Control": "no-cache"})
+    return EventSourceResponse(_server_sent(events), headers=_STREAM_HEADERS)
+
+
+class _LiveTimeline(EventSourceResponse):
+    """A stream that holds one of the feed's places for as long as it is sent."""
+
+    def __init__(self, feed: EventFeed, order_id: str, after: int) -> None:
+        super().__init__(_server_sent(feed.watch(order_id, after)), headers=_STREAM_HEADERS)
+        self._feed = feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._feed.place():
+            await super().__call__(scope, receive, send)
 
 
 async def _told(events: Events) -> AsyncIterator[Event]:

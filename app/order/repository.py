@@ -120,6 +120,7 @@ FROM unnest($1::text[], $2::bigint[]) AS watched (order_id, seen)
 JOIN events ON events.order_id = watched.order_id AND events.id > watched.seen
 ORDER BY events.id
 """
+_ENDED_OF = "SELECT id FROM orders WHERE id = ANY($1) AND state = ANY($2)"
 
 
 class OrderRepository:
@@ -271,6 +272,11 @@ class OrderRepository:
         """What is new in several timelines at once, each past its own last seen event."""
         rows = await self._pool.fetch(_EVENTS_OF_MANY, list(seen), list(seen.values()))
         return [(row["order_id"], _event(row)) for row in rows]
+
+    async def ended_of(self, order_ids: list[str]) -> list[str]:
+        """Those of the orders that have ended."""
+        rows = await self._pool.fetch(_ENDED_OF, order_ids, list(FINAL_STEPS))
+        return [row["id"] for row in rows]
 
 
 def _summary(row: asyncpg.Record) -> OrderSummary:

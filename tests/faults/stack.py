@@ -130,6 +130,7 @@ class Stack:
             member.spec = self.plan.spec(member.queue)
             env |= {
                 "TRELLIS_FAILPOINTS": member.spec,
+                "TRELLIS_FAILPOINTS_ALLOWED": "true",
                 "TRELLIS_FAILPOINTS_SEED": str(self._dice.randrange(2**31)),
                 "TRELLIS_FAILPOINTS_LOG": str(self.plan.log),
             }
