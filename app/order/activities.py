@@ -34,6 +34,8 @@ class OrderActivities:
             OrderRejected: the order can never be charged; it is `rejected`.
         """
         reach("validate.before_write")
+        if fault := order.request.total.fault:
+            await self._orders.reject(order.order_id, fault)
         await self._orders.open_review(order)
         reach("validate.before_reply")
 

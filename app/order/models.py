@@ -1,7 +1,8 @@
 """The words of an order: what starts it, what changes it, what it answers.
 
 Shared by the API, the workflow and the activities, so that a request travels as one model from HTTP to PostgreSQL.
-New fields get defaults: recorded histories of earlier versions must still decode.
+These models are the format of Temporal's histories: new fields get defaults, none has a rule that a recorded value
+could break, and unknown fields are no fault. What callers may send is in `app.order.bodies`.
 """
 
 from __future__ import annotations
@@ -10,23 +11,14 @@ import hashlib
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from app.money import MAX_TOTAL, Amount, Currency, Money, quantize
+from app.money import Amount, Money
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
 from app.steps import Step
-from app.text import IDENTIFIER, Remark
+from app.text import IDENTIFIER
 
 ORDER_TASK_QUEUE: Final = "default"
 
@@ -59,55 +51,28 @@ def order_workflow_id(order_id: str) -> str:
 class Item(BaseModel):
     """One line of an order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="allow")
 
-    sku: ShortId
-    quantity: Annotated[int, Field(ge=1, le=10_000, strict=True)]
+    sku: str
+    quantity: int
     unit_price: Amount
 
 
 class StartOrder(BaseModel):
-    """Body of `POST /orders/{id}/start`. Only `payment_id` is required."""
+    """What was ordered, as it travels with the order; `StartOrderBody` is what a caller sends.
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"payment_id": "pay-1"},
-                {
-                    "payment_id": "pay-2",
-                    "items": [{"sku": "TEA-100", "quantity": 2, "unit_price": "12.50"}],
-                    "currency": "EUR",
-                    "address": {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"},
-                    "review_timeout_seconds": 3600,
-                    "customer_id": "c-42",
-                },
-            ]
-        },
-    )
+    What a newer release has added is kept, so that an order of its passes through this one whole. New fields go to the
+    end: `fingerprint` depends on their order.
+    """
 
-    payment_id: PaymentId
-    items: Annotated[list[Item], Field(max_length=MAX_ITEMS)] = []
-    currency: Currency = "USD"
+    model_config = ConfigDict(extra="allow")
+
+    payment_id: str
+    items: list[Item] = []
+    currency: str = "USD"
     address: Address | None = None
-    review_timeout_seconds: Annotated[int, Field(ge=1, le=MAX_REVIEW_SECONDS, strict=True)] | None = None
-    customer_id: ShortId | None = None
-
-    @model_validator(mode="after")
-    def _prices_fit_the_currency(self) -> Self:
-        items, faults = [], []
-        for number, item in enumerate(self.items):
-            try:
-                items.append(item.model_copy(update={"unit_price": quantize(item.unit_price, self.currency)}))
-            except ValueError as error:
-                faults.append(_fault(str(error), "items", number, "unit_price"))
-        if items and not faults and not 0 < _sum(items) <= MAX_TOTAL:
-            faults.append(_fault(f"the total must be more than 0 and at most {MAX_TOTAL}", "items"))
-        if faults:
-            # With the place of each, which a ValueError would not have.
-            raise ValidationError.from_exception_data(type(self).__name__, faults)
-        self.items = items
-        return self
+    review_timeout_seconds: int | None = None
+    customer_id: str | None = None
 
     @property
     def total(self) -> Money:
@@ -123,10 +88,6 @@ class StartOrder(BaseModel):
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
-def _fault(rule: str, *place: str | int) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError("value_error", rule), loc=place, input=None)
-
-
 def _sum(items: list[Item]) -> Decimal:
     return sum((item.quantity * item.unit_price for item in items), Decimal(0))
 
@@ -137,7 +98,7 @@ class OrderInput(BaseModel):
     Settings travel with the order, so that a worker restarted with others replays the same decisions.
     """
 
-    order_id: OrderId
+    order_id: str
     request: StartOrder
     review_timeout_seconds: int = 10
     dispatch_attempts: int = 10
@@ -176,14 +137,10 @@ class Verdict(StrEnum):
 
 
 class Review(BaseModel):
-    """Body of `POST /orders/{id}/review`, argument of the update `review`."""
-
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"decision": "approve", "note": "known customer"}]}
-    )
+    """Argument of the update `review`; `ReviewBody` is what a caller sends."""
 
     decision: Verdict
-    note: Remark = ""
+    note: str = ""
 
 
 class SignalBody(BaseModel):

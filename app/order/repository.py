@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import AwareDatetime, RootModel
 
 from app import events, metrics, tracing
 from app.errors import InvalidRequest, OrderRejected
 from app.failpoints import reach
-from app.money import quantize
+from app.money import fit
 from app.order.models import (
     AddressChange,
     CloseOrder,
@@ -144,11 +144,18 @@ class OrderRepository:
         if move:
             return
         if await self._pool.fetchval(_PAYMENT_OWNER, payment_id, order.order_id):
-            reason = f"{payment_id} belongs to another order"
-            move = await events.enter(self._pool, order.order_id, Step.REJECTED, {"reason": reason}, error=reason)
-            metrics.entered(Step.REJECTED, move)
-            raise OrderRejected(reason)
+            await self.reject(order.order_id, f"{payment_id} belongs to another order")
         await events.require_entered(self._pool, order.order_id, Step.AWAITING_REVIEW)
+
+    async def reject(self, order_id: str, reason: str) -> NoReturn:
+        """Enter `rejected`, and say so.
+
+        Raises:
+            OrderRejected: always.
+        """
+        move = await events.enter(self._pool, order_id, Step.REJECTED, {"reason": reason}, error=reason)
+        metrics.entered(Step.REJECTED, move)
+        raise OrderRejected(reason)
 
     async def close(self, request: CloseOrder) -> None:
         """Enter a final step without a charge."""
@@ -243,7 +250,7 @@ def _summary(row: asyncpg.Record) -> OrderSummary:
         step=row["state"],
         last_error=row["last_error"],
         payment_id=row["payment_id"],
-        total=quantize(row["total"], row["currency"]),
+        total=fit(row["total"], row["currency"]),
         currency=row["currency"],
         customer_id=row["customer_id"],
         created_at=row["created_at"],
@@ -256,7 +263,7 @@ def _payment(row: asyncpg.Record) -> PaymentView:
         payment_id=row["paid_with"],
         status=row["status"],
         # A column of all currencies has two digits for each.
-        amount=quantize(row["amount"], row["currency"]),
+        amount=fit(row["amount"], row["currency"]),
         provider_reference=row["provider_reference"],
         created_at=row["payment_created_at"],
     )
@@ -267,7 +274,7 @@ def _review_task(row: asyncpg.Record) -> ReviewTask:
         order_id=row["id"],
         review_deadline=row["review_deadline"],
         seconds_left=round((row["review_deadline"] - datetime.now(UTC)).total_seconds(), 1),
-        total=quantize(row["total"], row["currency"]),
+        total=fit(row["total"], row["currency"]),
         currency=row["currency"],
         items=row["items_json"],
         customer_id=row["customer_id"],

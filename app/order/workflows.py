@@ -10,16 +10,17 @@ import asyncio
 from datetime import timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from temporalio import workflow
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, ChildWorkflowError, FailureError
 
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies, signals
-    from app.errors import OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.errors import InvalidRequest, OrderRejected, PaymentConflict, PaymentDeclined, TooLate
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
+    from app.order.bodies import ReviewBody
     from app.order.models import (
         AddressChange,
         CloseOrder,
@@ -42,6 +43,7 @@ with workflow.unsafe.imports_passed_through():
         ShippingInput,
         ShippingOutcome,
         ShippingResult,
+        SignalledAddress,
         shipping_workflow_id,
     )
     from app.shipping.workflows import ShippingWorkflow
@@ -284,11 +286,13 @@ class OrderWorkflow:
         """Change the address until `dispatch` starts."""
         self._address_signals += 1
         try:
-            address = Address.model_validate(payload[0] if len(payload) == 1 else None)
+            address = SignalledAddress.model_validate(payload[0] if len(payload) == 1 else None).address
         except ValidationError as error:
             ignored = f"not valid: {_fields_at_fault(error)}"
         else:
             ignored = "too many changes" if self._address_signals > MAX_ADDRESS_SIGNALS else ""
+            if address.model_extra and not workflow.patched("address-with-unknown-fields"):
+                ignored = "not valid: not an address"
         if ignored:
             signals.count("address", "ignored")
             await self._note("address_ignored", ignored)
@@ -318,7 +322,8 @@ class OrderWorkflow:
         return self._decided()
 
     @review.validator
-    def _validate_review(self, review: Review) -> None:  # noqa: ARG002 - a validator has the update's signature
+    def _validate_review(self, review: Review) -> None:
+        _refuse_unless_valid(ReviewBody, review)
         self._refuse_if(self._why_no_review())
 
     @workflow.update
@@ -345,7 +350,8 @@ class OrderWorkflow:
         return self._decided()
 
     @change_address.validator
-    def _validate_address(self, address: Address) -> None:  # noqa: ARG002 - as above
+    def _validate_address(self, address: Address) -> None:
+        _refuse_unless_valid(SignalledAddress, address)
         if self._step.final:
             self._refuse_if(f"the order is {self._step}")
 
@@ -403,7 +409,16 @@ class OrderWorkflow:
         )
 
 
-def _fields_at_fault(error: ValidationError) -> str:
-    """Their names if they are an address's; nothing else of what was sent, which may be personal, or very long."""
+def _refuse_unless_valid(rules: type[BaseModel], sent: BaseModel) -> None:
+    """For validators alone, which are not replayed. The API has looked at it already; another client has not."""
+    try:
+        rules.model_validate(sent.model_dump())
+    except ValidationError as error:
+        reason = f"not valid: {_fields_at_fault(error, rules)}"
+        raise ApplicationError(reason, type=InvalidRequest.__name__, non_retryable=True) from None
+
+
+def _fields_at_fault(error: ValidationError, rules: type[BaseModel] = SignalledAddress) -> str:
+    """Their names if they are the model's; nothing else of what was sent, which may be personal, or very long."""
     names = {str(problem["loc"][0]) for problem in error.errors(include_input=False) if problem["loc"]}
-    return ", ".join(sorted(names & Address.model_fields.keys())) or "not an address"
+    return ", ".join(sorted(names & rules.model_fields.keys())) or "not an address"
