@@ -59,6 +59,11 @@ class InvalidRequest(TrellisError):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
+    def __init__(self, detail: str = "", *, field: str = "") -> None:
+        """`field`: where the fault is, as in `body.items`; then `detail` is the rule alone."""
+        super().__init__(detail)
+        self.field = field
+
 
 # --- what the business decided -----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from temporalio.service import RPCError
 
 from app import db, health, metrics, temporal, tracing
-from app.errors import TrellisError
+from app.errors import InvalidRequest, TrellisError
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
 from app.order.feed import EventFeed
@@ -145,6 +145,8 @@ def problem(status: int, title: str, detail: str | None = None, *, code: str, **
 
 async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, TrellisError)  # noqa: S101 - it is registered for nothing else
+    if isinstance(error, InvalidRequest) and error.field:
+        return _invalid(Fault(field=error.field, rule=error.detail))
     return problem(error.status, error.title, error.detail or None, code=type(error).__name__)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,6 +12,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from app.errors import TrellisError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+#: What an order without items costs where the built-in sandbox takes the payments, the same figure in every currency.
+SANDBOX_DEMO_PRICE: Final = Decimal("50.00")
 
 
 class SettingsError(TrellisError):
@@ -101,6 +106,12 @@ class Settings(BaseSettings):
         10, description="Attempts at handing over a parcel before the order is refunded."
     )
 
+    demo_price: Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=2)] | None = Field(
+        None,
+        description="Price of an order without items, the same figure in every currency; 0: none, `items` is required. "
+        "Unset: 50.00 where the built-in sandbox takes the payments, elsewhere none.",
+    )
+
     # Partners
     payment_url: str | None = Field(None, description="Payment provider; unset: the built-in sandbox.")
     carrier_url: str | None = Field(None, description="Carrier; unset: the built-in sandbox.")
@@ -127,6 +138,13 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: readable on a terminal, JSON elsewhere."
     )
+
+    @property
+    def demo_price_in_force(self) -> Decimal | None:
+        """What an order without items costs; None: there is no such order."""
+        if self.demo_price is None:
+            return None if self.payment_url else SANDBOX_DEMO_PRICE
+        return self.demo_price or None
 
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from app.order.models import (
     order_workflow_id,
 )
 from app.order.repository import OrderRepository
+from app.order.service import OrderService
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
 from app.steps import Step
@@ -535,6 +537,32 @@ async def test_without_local_steps_every_step_is_an_activity_of_its_queue(shop: 
         if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
     ]
     assert scheduled == ["receive", "validate", "charge", "prepare", "dispatch"]
+
+
+async def test_an_order_is_charged_the_price_that_it_was_accepted_at(shop: Shop) -> None:
+    """The workers have another setting; and an order of an earlier release, none at all in its input."""
+    chosen = shop.settings.model_copy(update={"demo_price": Decimal("12.50")})
+    priced = Order(f"o-{uuid.uuid4().hex[:10]}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+    service = OrderService(chosen, shop.repository, shop.client)
+    await service.start(priced.id, StartOrder(payment_id=priced.payment_id, currency="EUR", review_timeout_seconds=60))
+    earlier = Order(f"o-{uuid.uuid4().hex[:10]}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+    await shop.client.start_workflow(
+        "OrderWorkflow",
+        {
+            "order_id": earlier.id,
+            "request": {"payment_id": earlier.payment_id},
+            "review_timeout_seconds": 60,
+            "shipping_task_queue": shop.settings.shipping_task_queue,
+        },
+        id=order_workflow_id(earlier.id),
+        task_queue=shop.settings.order_task_queue,
+    )
+    for order, amount in ((priced, "12.50"), (earlier, "50.00")):
+        await order.approve()
+        assert await order.ends() is Step.SHIPPED
+        (charge,) = await shop.ledger.charges_of(order.payment_id)
+        assert str(charge.amount) == amount
+        assert (await order.events("received"))[0].payload["amount"] == amount
 
 
 async def test_a_lost_reply_does_not_charge_twice(shop: Shop) -> None:

@@ -34,7 +34,7 @@ class OrderActivities:
             OrderRejected: the order can never be charged; it is `rejected`.
         """
         reach("validate.before_write")
-        if fault := order.request.total.fault:
+        if fault := order.total.fault:
             await self._orders.reject(order.order_id, fault)
         await self._orders.open_review(order)
         reach("validate.before_reply")

@@ -46,7 +46,13 @@ class StartOrderBody(BaseModel):
     )
 
     payment_id: PaymentId
-    items: Annotated[list[ItemBody], Field(max_length=MAX_ITEMS)] = []
+    items: list[ItemBody] = Field(
+        default_factory=list,
+        min_length=1,
+        max_length=MAX_ITEMS,
+        description="Left out, the order is one unit of `TRELLIS-DEMO`, where there is a price for that "
+        "(`TRELLIS_DEMO_PRICE`); elsewhere it is required.",
+    )
     currency: Currency = "USD"
     address: AddressBody | None = None
     review_timeout_seconds: Annotated[int, Field(ge=1, le=MAX_REVIEW_SECONDS, strict=True)] | None = None

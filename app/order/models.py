@@ -22,9 +22,11 @@ from app.text import IDENTIFIER
 
 ORDER_TASK_QUEUE: Final = "default"
 
-#: What an order without items consists of, and its documented price, the same figure in every currency.
+#: What an order without items consists of.
 DEMO_SKU: Final = "TRELLIS-DEMO"
-DEMO_PRICE: Final = Decimal("50.00")
+
+#: Its price in orders that were started before their price travelled with them. `Settings.demo_price` is today's.
+OLD_DEMO_PRICE: Final = Decimal("50.00")
 
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
@@ -75,11 +77,6 @@ class StartOrder(BaseModel):
     customer_id: str | None = None
 
     @property
-    def total(self) -> Money:
-        """What will be charged."""
-        return Money(amount=_sum(self.items) if self.items else DEMO_PRICE, currency=self.currency)
-
-    @property
     def fingerprint(self) -> str:
         """Equal for two requests that ask for the same; kept with the order to tell a repeat from a conflict.
 
@@ -106,6 +103,14 @@ class OrderInput(BaseModel):
     shipping_task_queue: str = SHIPPING_TASK_QUEUE
     #: Off for orders that began before there was such a thing.
     local_steps: bool = False
+    #: What an order without items costs, the same figure in every currency. None: the order has items.
+    demo_price: Amount | None = OLD_DEMO_PRICE
+
+    @property
+    def total(self) -> Money:
+        """What will be charged."""
+        items = self.request.items
+        return Money(amount=_sum(items) if items else self.demo_price or Decimal(0), currency=self.request.currency)
 
 
 class OrderResult(BaseModel):

@@ -107,7 +107,7 @@ class OrderRepository:
 
     async def receive(self, order: OrderInput, run_id: str) -> None:
         """Write the order down, at `received`. A repeat changes nothing."""
-        request, total = order.request, order.request.total
+        request, total = order.request, order.total
         status = await self._pool.execute(
             _RECEIVE,
             order.order_id,

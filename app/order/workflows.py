@@ -139,7 +139,7 @@ class OrderWorkflow:
                 ChargeRequest(
                     order_id=self._order.order_id,
                     payment_id=request.payment_id,
-                    money=request.total,
+                    money=self._order.total,
                     approval_note=self._review.note if self._review else "",
                 ),
                 **policies.PAYMENT,
@@ -195,7 +195,7 @@ class OrderWorkflow:
             ShippingInput(
                 order_id=order.order_id,
                 payment_id=order.request.payment_id,
-                money=order.request.total,
+                money=order.total,
                 address=order.request.address,
                 dispatch_attempts=order.dispatch_attempts,
                 order_task_queue=order.order_task_queue,
@@ -237,7 +237,7 @@ class OrderWorkflow:
         request = RefundRequest(
             order_id=self._order.order_id,
             payment_id=self._order.request.payment_id,
-            money=self._order.request.total,
+            money=self._order.total,
             close_as=close_as,
             reason=reason,
         )
