@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 #: The migration this code needs. Revisions are ordered as text, so a newer schema serves an older release.
-SCHEMA_VERSION: Final = "0002"
+SCHEMA_VERSION: Final = "0005"
 
 #: What asyncpg raises when the database is not there, is going away, or is not migrated yet.
 UNAVAILABLE: Final = (

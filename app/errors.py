@@ -54,6 +54,12 @@ class TooLate(TrellisError):
     status = HTTPStatus.CONFLICT
 
 
+class ReviewOutdated(TrellisError):
+    """What was reviewed has changed"""
+
+    status = HTTPStatus.CONFLICT
+
+
 class InvalidRequest(TrellisError):
     """The request is not valid"""
 

@@ -106,6 +106,11 @@ class Settings(BaseSettings):
         10, description="Attempts at handing over a parcel before the order is refunded."
     )
 
+    address_after_review: Literal["allow", "review", "deny"] = Field(
+        "allow",
+        description="What becomes of another address after the approval. `allow`: the parcel goes there; `review`: it "
+        "waits for a second approval, and is refunded without one; `deny`: it is refused.",
+    )
     demo_price: Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=2)] | None = Field(
         None,
         description="Price of an order without items, the same figure in every currency; 0: none, `items` is required. "

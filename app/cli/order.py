@@ -36,6 +36,10 @@ Signal = Annotated[
     typer.Option("--signal", help="Send it and do not wait for the answer; works while the workers are down."),
 ]
 Note = Annotated[str, typer.Option(help="Why; it stays with the order.")]
+Digest = Annotated[
+    str | None,
+    typer.Option(help="What `reviews` or `show` printed: refused if the order has changed since.", show_default=False),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
 All = Annotated[bool, typer.Option("--all", help="Every row, however many.")]
 
@@ -90,12 +94,19 @@ def start(
 
 @command()
 def approve(
-    order_id: Id, note: Note = "", signal: Signal = False, url: Url = DEFAULT_URL, as_json: AsJson = False
+    order_id: Id,
+    note: Note = "",
+    digest: Digest = None,
+    signal: Signal = False,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
 ) -> None:
     """Approve an order that awaits its review."""
     if signal and note:
         raise typer.BadParameter("a signal carries no note", param_hint="--note")
-    review = {"decision": "approve", "note": note}
+    if signal and digest:
+        raise typer.BadParameter("a signal carries no digest", param_hint="--digest")
+    review = _review("approve", note, digest)
     with connect(url) as api:
         if signal:
             _signalled(api.post(order_path(order_id, "/signals/approve")), as_json)
@@ -104,9 +115,11 @@ def approve(
 
 
 @command()
-def reject(order_id: Id, note: Note = "", url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def reject(
+    order_id: Id, note: Note = "", digest: Digest = None, url: Url = DEFAULT_URL, as_json: AsJson = False
+) -> None:
     """Reject an order that awaits its review."""
-    review = {"decision": "reject", "note": note}
+    review = _review("reject", note, digest)
     with connect(url) as api:
         _decided(api.post(order_path(order_id, "/review"), review), "rejection", as_json)
 
@@ -261,6 +274,10 @@ def _item(text: str) -> dict[str, Any]:
     return {"sku": sku, "quantity": int(quantity), "unit_price": price}
 
 
+def _review(decision: str, note: str, digest: str | None) -> dict[str, str]:
+    return {"decision": decision, "note": note} | ({"digest": digest} if digest else {})
+
+
 def _address(text: str | None, *parts: str | None) -> dict[str, str] | None:
     if text is not None:
         if any(part is not None for part in parts):
@@ -329,7 +346,7 @@ def _order_row(order: OrderSummary) -> output.Row:
     )
 
 
-_REVIEW_COLUMNS: Final = ("ORDER", "SECONDS LEFT", "DEADLINE", "TOTAL", "ITEMS", "CUSTOMER")
+_REVIEW_COLUMNS: Final = ("ORDER", "SECONDS LEFT", "DEADLINE", "TOTAL", "ITEMS", "CUSTOMER", "CHANGED", "DIGEST")
 
 
 def _review_row(task: ReviewTask) -> output.Row:
@@ -340,6 +357,8 @@ def _review_row(task: ReviewTask) -> output.Row:
         f"{task.total} {task.currency}",
         ", ".join(f"{item.quantity} {item.sku}" for item in task.items),
         task.customer_id or "",
+        task.reopened_for or "",
+        task.digest,
     )
 
 
@@ -356,6 +375,8 @@ def _facts(order: OrderView) -> list[tuple[str, str]]:
         ("customer", order.customer_id or ""),
         ("address", f"{address.line1}, {address.city}, {address.state}, {address.zip}" if address else ""),
         ("review until", output.moment(order.review_deadline)),
+        ("review again", f"{order.reopened_for} changed" if order.reopened_for else ""),
+        ("digest", order.digest),
         ("tracking", order.tracking or ""),
         ("workflow", order.workflow_id),
         ("run", order.run_id or ""),

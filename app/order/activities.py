@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 from temporalio import activity
 
 from app.failpoints import reach
-from app.order.models import AddressChange, AddressDecision, CloseOrder, NoteRequest, OrderInput
+from app.order.models import (
+    AddressChange,
+    AddressDecision,
+    CloseOrder,
+    NoteRequest,
+    OrderInput,
+    ReopenReview,
+    ReviewDecision,
+)
 
 if TYPE_CHECKING:
     from app.order.repository import OrderRepository
@@ -52,6 +60,16 @@ class OrderActivities:
         accepted = await self._orders.change_address(change, _key("address"))
         reach("change_address.before_reply")
         return AddressDecision(accepted=accepted)
+
+    @activity.defn
+    async def reopen_review(self, request: ReopenReview) -> None:
+        """Ask for another review of an order that has changed since the first; it keeps its step."""
+        await self._orders.reopen_review(request, _key("reopened"))
+
+    @activity.defn
+    async def settle_review(self, decision: ReviewDecision) -> None:
+        """Write down what that review has decided."""
+        await self._orders.settle_review(decision, _key("decided"))
 
     @activity.defn
     async def note(self, note: NoteRequest) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.money import MAX_TOTAL, Currency, Price, quantize
@@ -89,6 +89,11 @@ class ReviewBody(BaseModel):
 
     decision: Verdict
     note: Remark = ""
+    digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None,
+        description="`digest` of what you have looked at. The decision is refused with 409 if the order is no longer "
+        "that.",
+    )
 
     @property
     def review(self) -> Review:

@@ -8,6 +8,7 @@ could break, and unknown fields are no fault. What callers may send is in `app.o
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -27,6 +28,9 @@ DEMO_SKU: Final = "TRELLIS-DEMO"
 
 #: Its price in orders that were started before their price travelled with them. `Settings.demo_price` is today's.
 OLD_DEMO_PRICE: Final = Decimal("50.00")
+
+REOPENED_FOR: Final = "`address` while the order waits for a second review, as its address has changed since the first."
+DIGEST: Final = "Of all that is approved: items, total, payment and address. Send it back with the decision."
 
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
@@ -105,12 +109,47 @@ class OrderInput(BaseModel):
     local_steps: bool = False
     #: What an order without items costs, the same figure in every currency. None: the order has items.
     demo_price: Amount | None = OLD_DEMO_PRICE
+    #: What becomes of another address after the approval: `allow`, `review` or `deny`. A value that this release does
+    #: not know denies it.
+    address_after_review: str = "allow"
 
     @property
     def total(self) -> Money:
         """What will be charged."""
         items = self.request.items
         return Money(amount=_sum(items) if items else self.demo_price or Decimal(0), currency=self.request.currency)
+
+    def digest(self, address: Address | None) -> str:
+        """`approval_digest` of the order with this address."""
+        request = self.request
+        return approval_digest(self.order_id, request.payment_id, request.items, self.total, address)
+
+
+def approval_digest(
+    order_id: str, payment_id: str | None, items: list[Item], total: Money, address: Address | None
+) -> str:
+    """Of all that a reviewer approves: equal as long as nothing of it has changed. In hexadecimal."""
+    return _digest(
+        {
+            "order_id": order_id,
+            "payment_id": payment_id,
+            "items": [item.model_dump(mode="json") for item in items],
+            "total": str(total),
+            "address": address.model_dump(mode="json") if address else None,
+        }
+    )
+
+
+def address_digest(order_id: str, address: Address) -> str:
+    """Of an address of this order: tells whether two are the same, without saying what they are. In hexadecimal.
+
+    No secret: it can be found out by trying addresses. It may go where the order's own events go, and not into logs.
+    """
+    return _digest({"order_id": order_id, "address": address.model_dump(mode="json")})
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class OrderResult(BaseModel):
@@ -146,6 +185,8 @@ class Review(BaseModel):
 
     decision: Verdict
     note: str = ""
+    #: Of what the reviewer has seen; None decides on the order as it is.
+    digest: str | None = None
 
 
 class SignalBody(BaseModel):
@@ -183,12 +224,30 @@ class AddressChange(BaseModel):
 
     order_id: str
     address: Address
+    digest: str = Field("", description="Of what would be approved with it.")
 
 
 class AddressDecision(BaseModel):
     """Answer of the activity `change_address`."""
 
     accepted: bool
+
+
+class ReopenReview(BaseModel):
+    """Argument of the activity `reopen_review`: what was approved has changed since."""
+
+    order_id: str
+    review_timeout_seconds: int
+    digest: str
+
+
+class ReviewDecision(BaseModel):
+    """Argument of the activity `settle_review`: the decision of a review that was opened again."""
+
+    order_id: str
+    decision: Verdict
+    note: str
+    digest: str
 
 
 # --- what the API answers -----------------------------------------------------------------------------------
@@ -263,6 +322,8 @@ class OrderView(OrderSummary):
     items: list[Item]
     address: Address | None
     review_deadline: datetime | None
+    reopened_for: str | None = Field(None, description=REOPENED_FOR)
+    digest: str = Field("", description=DIGEST)
     tracking: str | None
     payment: PaymentView | None
     trace_id: str | None = Field(None, description="The trace that shows all of the order; null if it was not traced.")
@@ -286,6 +347,8 @@ class ReviewTask(BaseModel):
     items: list[Item]
     customer_id: str | None
     created_at: datetime
+    reopened_for: str | None = Field(None, description=REOPENED_FOR)
+    digest: str = Field("", description=DIGEST)
 
 
 class ReviewPage(BaseModel):

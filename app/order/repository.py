@@ -12,12 +12,13 @@ from pydantic import AwareDatetime, RootModel
 from app import events, metrics, tracing
 from app.errors import InvalidRequest, OrderRejected
 from app.failpoints import reach
-from app.money import fit
+from app.money import Money, fit
 from app.order.models import (
     AddressChange,
     CloseOrder,
     Event,
     Events,
+    Item,
     NoteRequest,
     OrderId,
     OrderInput,
@@ -26,10 +27,15 @@ from app.order.models import (
     OrderSummary,
     OrderView,
     PaymentView,
+    ReopenReview,
+    ReviewDecision,
     ReviewPage,
     ReviewTask,
+    address_digest,
+    approval_digest,
     order_workflow_id,
 )
+from app.shipping.models import Address
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
@@ -60,6 +66,28 @@ UPDATE orders SET address_json = $2
 WHERE id = $1 AND dispatch_started_at IS NULL AND NOT (state = ANY($3))
 """
 
+# Once per key, whatever has become of the order since.
+_REOPEN_REVIEW = """
+WITH known AS (
+    SELECT id FROM orders WHERE id = $1 FOR NO KEY UPDATE
+), told AS (
+    INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'review_reopened', $2, $3 FROM known
+    ON CONFLICT (order_id, key) DO NOTHING RETURNING order_id
+)
+UPDATE orders SET reopened_for = 'address', review_deadline = clock_timestamp() + make_interval(secs => $4)
+FROM told WHERE orders.id = told.order_id
+"""
+
+_SETTLE_REVIEW = """
+WITH known AS (
+    SELECT id FROM orders WHERE id = $1 FOR NO KEY UPDATE
+), told AS (
+    INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'review_decided', $2, $3 FROM known
+    ON CONFLICT (order_id, key) DO NOTHING RETURNING order_id
+)
+UPDATE orders SET reopened_for = NULL FROM told WHERE orders.id = told.order_id
+"""
+
 _DECIDED = "SELECT type FROM events WHERE order_id = $1 AND key = $2"
 
 _FIND_START = """
@@ -81,9 +109,18 @@ WHERE ($1::text IS NULL OR state = $1) AND ($2::timestamptz IS NULL OR (created_
 ORDER BY created_at DESC, id DESC LIMIT $4
 """
 
+# Few orders are `charged` at any moment, so that index needs no condition of its own for the second reviews.
 _IN_REVIEW = """
-SELECT * FROM orders
-WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
+(
+    SELECT * FROM orders
+    WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
+    ORDER BY review_deadline, id LIMIT $3
+) UNION ALL (
+    SELECT * FROM orders
+    WHERE state = 'charged' AND reopened_for IS NOT NULL
+      AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
+    ORDER BY review_deadline, id LIMIT $3
+)
 ORDER BY review_deadline, id LIMIT $3
 """
 
@@ -178,8 +215,21 @@ class OrderRepository:
                 )
                 reach("change_address.in_transaction")
                 event = "address_changed" if status == "UPDATE 1" else "address_refused"
-                await events.record(connection, change.order_id, event, {}, key=key)
+                payload = _changed(change) if event == "address_changed" else {}
+                await events.record(connection, change.order_id, event, payload, key=key)
         return bool(event == "address_changed")
+
+    async def reopen_review(self, request: ReopenReview, key: str) -> None:
+        """Put the order back into the queue of reviews, with a new deadline, at the step where it is."""
+        seconds = request.review_timeout_seconds
+        payload = {"changed": "address", "review_timeout_seconds": seconds, "digest": request.digest}
+        await self._pool.execute(_REOPEN_REVIEW, request.order_id, payload, key, float(seconds))
+
+    async def settle_review(self, decision: ReviewDecision, key: str) -> None:
+        """Take the order out of it again."""
+        note = {"note": decision.note} if decision.note else {}
+        payload = {"decision": decision.decision, "digest": decision.digest, **note}
+        await self._pool.execute(_SETTLE_REVIEW, decision.order_id, payload, key)
 
     async def note(self, note: NoteRequest, key: str) -> None:
         """Add to the timeline what did not change the order."""
@@ -210,6 +260,8 @@ class OrderRepository:
             items=row["items_json"],
             address=row["address_json"],
             review_deadline=row["review_deadline"],
+            reopened_for=row["reopened_for"] if row["state"] == Step.CHARGED else None,
+            digest=_digest(row),
             tracking=row["tracking"],
             payment=row["paid_with"] and _payment(row),
             trace_id=row["trace_id"],
@@ -279,7 +331,26 @@ def _review_task(row: asyncpg.Record) -> ReviewTask:
         items=row["items_json"],
         customer_id=row["customer_id"],
         created_at=row["created_at"],
+        reopened_for=row["reopened_for"],
+        digest=_digest(row),
     )
+
+
+def _digest(row: asyncpg.Record) -> str:
+    address = row["address_json"]
+    return approval_digest(
+        row["id"],
+        row["payment_id"],
+        [Item.model_validate(item) for item in row["items_json"]],
+        Money(amount=row["total"], currency=row["currency"]),
+        Address.model_validate(address) if address else None,
+    )
+
+
+def _changed(change: AddressChange) -> dict[str, str]:
+    """What the timeline says of a new address: not the address itself, which it would keep for ever."""
+    digest = {"digest": change.digest} if change.digest else {}
+    return {"address": address_digest(change.order_id, change.address), **digest}
 
 
 def _event(row: asyncpg.Record) -> Event:

@@ -17,7 +17,15 @@ from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from app import metrics
-from app.errors import InvalidRequest, OrderConflict, OrderNotFound, PaymentConflict, ServiceUnavailable, TooLate
+from app.errors import (
+    InvalidRequest,
+    OrderConflict,
+    OrderNotFound,
+    PaymentConflict,
+    ReviewOutdated,
+    ServiceUnavailable,
+    TooLate,
+)
 from app.money import quantize
 from app.order.models import (
     Decided,
@@ -92,6 +100,7 @@ class OrderService:
                 shipping_task_queue=settings.shipping_task_queue,
                 local_steps=settings.local_steps,
                 demo_price=self._demo_price(request),
+                address_after_review=settings.address_after_review,
             ),
             id=order_workflow_id(order_id),
             task_queue=settings.order_task_queue,
@@ -180,6 +189,7 @@ class OrderService:
 
         Raises:
             TooLate: it can no longer be decided; with the reason.
+            ReviewOutdated: the order is no longer what its digest says.
             OrderNotFound: nobody knows the order.
             ServiceUnavailable: no worker answered in time.
         """
@@ -251,7 +261,8 @@ class OrderService:
 
 def _refusal(error: WorkflowUpdateFailedError, order_id: str) -> Exception:
     cause = error.cause
-    if isinstance(cause, ApplicationError) and cause.type == TooLate.__name__:
-        return TooLate(f"{order_id}: {cause.message}")
+    for kind in (TooLate, ReviewOutdated):
+        if isinstance(cause, ApplicationError) and cause.type == kind.__name__:
+            return kind(f"{order_id}: {cause.message}")
     # The workflow ended while the update waited for it.
     return TooLate(f"{order_id}: the order ended before this was answered; ask for its status")

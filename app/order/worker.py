@@ -30,6 +30,8 @@ def order_worker(services: Services) -> WorkerPart:
             orders.close,
             orders.change_address,
             orders.note,
+            orders.reopen_review,
+            orders.settle_review,
             payments.charge,
             payments.refund,
             reconcile_activities(services).reconcile,

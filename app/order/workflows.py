@@ -17,7 +17,7 @@ from temporalio.exceptions import ApplicationError, ChildWorkflowError, FailureE
 
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies, signals
-    from app.errors import InvalidRequest, OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.errors import InvalidRequest, OrderRejected, PaymentConflict, PaymentDeclined, ReviewOutdated, TooLate
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
     from app.order.bodies import ReviewBody
@@ -29,7 +29,9 @@ with workflow.unsafe.imports_passed_through():
         OrderInput,
         OrderResult,
         OrderStatus,
+        ReopenReview,
         Review,
+        ReviewDecision,
         SignalPayload,
         Verdict,
     )
@@ -74,6 +76,13 @@ class OrderWorkflow:
         self._address_turn = asyncio.Lock()
         self._address_signals = 0
         self._notes = 0
+        #: The address as it is written down, and how many changes of it are on their way there.
+        self._address = order.request.address
+        self._changing = 0
+        #: Digest of what was approved, or rejected.
+        self._reviewed = ""
+        self._reopened = False
+        self._address_final = False
 
     @workflow.run
     async def run(self, order: OrderInput) -> OrderResult:  # noqa: ARG002 - `__init__` has it
@@ -88,7 +97,14 @@ class OrderWorkflow:
         return story.result()
 
     async def _live(self) -> OrderResult:
-        for step in (self._receive, self._validate, self._await_review, self._charge, self._ship):
+        for step in (
+            self._receive,
+            self._validate,
+            self._await_review,
+            self._charge,
+            self._confirm_address,
+            self._ship,
+        ):
             await step()
             if self._step.final:
                 break
@@ -140,6 +156,7 @@ class OrderWorkflow:
                     order_id=self._order.order_id,
                     payment_id=request.payment_id,
                     money=self._order.total,
+                    approved=self._reviewed,
                     approval_note=self._review.note if self._review else "",
                 ),
                 **policies.PAYMENT,
@@ -150,6 +167,24 @@ class OrderWorkflow:
         self._step = Step.CHARGED
         if self._cancel:
             await self._refund(Step.CANCELLED, "cancelled during the charge")
+
+    async def _confirm_address(self) -> None:
+        """With `review`: while the address is another than was approved, ask for a review of it. Afterwards it stays
+        as it is."""
+        if self._order.address_after_review != "review":
+            return
+        while not self._step.final:
+            await workflow.wait_condition(lambda: self._changing == 0 or self._cancel)
+            if self._cancel:
+                await self._refund(Step.CANCELLED, "cancelled before the parcel was made ready")
+            elif self._changing:
+                continue  # one more has arrived since the condition held
+            elif self._digest() != self._reviewed:
+                await self._review_again()
+            else:
+                # Without an `await` since it was compared.
+                self._address_final = True
+                return
 
     async def _ship(self) -> None:
         # In turn behind every address that was sent before, so that none of them comes too late for the handover.
@@ -169,6 +204,42 @@ class OrderWorkflow:
             await self._enter_shipped()
 
     # --- parts of the steps
+
+    async def _review_again(self) -> None:
+        """The order keeps its step; without an approval it is refunded. A cancellation is the caller's to see."""
+        order, self._review, self._reopened = self._order, None, True
+        await workflow.execute_activity_method(
+            OrderActivities.reopen_review,
+            ReopenReview(
+                order_id=order.order_id, review_timeout_seconds=order.review_timeout_seconds, digest=self._digest()
+            ),
+            **policies.DATABASE,
+        )
+        try:
+            await workflow.wait_condition(
+                lambda: self._cancel or self._review is not None,
+                timeout=timedelta(seconds=order.review_timeout_seconds),
+                timeout_summary="review of the new address",
+            )
+        except TimeoutError:
+            pass  # as in `_await_review`
+        self._reopened = False
+        if not self._cancel:
+            await self._settle_review(self._review)
+
+    async def _settle_review(self, review: Review | None) -> None:
+        if review is None:
+            await self._refund(Step.CANCELLED, "nobody reviewed the new address in time")
+            return
+        await workflow.execute_activity_method(
+            OrderActivities.settle_review,
+            ReviewDecision(
+                order_id=self._order.order_id, decision=review.decision, note=review.note, digest=self._reviewed
+            ),
+            **policies.DATABASE,
+        )
+        if review.decision is Verdict.REJECT:
+            await self._refund(Step.CANCELLED, "the review rejected the new address")
 
     async def _close(self, step: Step, reason: str, note: str = "") -> None:
         # First the fact, so that a decision arriving while the row is written is told that it is too late.
@@ -269,7 +340,7 @@ class OrderWorkflow:
         if too_late:
             await self._note("approve_ignored", too_late)
         else:
-            self._review = Review(decision=Verdict.APPROVE)
+            self._decide(Review(decision=Verdict.APPROVE))
 
     @workflow.signal
     async def cancel(self, *_: Any) -> None:
@@ -291,6 +362,7 @@ class OrderWorkflow:
             ignored = f"not valid: {_fields_at_fault(error)}"
         else:
             ignored = "too many changes" if self._address_signals > MAX_ADDRESS_SIGNALS else ""
+            ignored = ignored or self._why_no_address() or ""
             if address.model_extra and not workflow.patched("address-with-unknown-fields"):
                 ignored = "not valid: not an address"
         if ignored:
@@ -318,13 +390,14 @@ class OrderWorkflow:
     @workflow.update
     async def review(self, review: Review) -> Decided:
         """Decide the review."""
-        self._review = review
+        self._decide(review)
         return self._decided()
 
     @review.validator
     def _validate_review(self, review: Review) -> None:
         _refuse_unless_valid(ReviewBody, review)
         self._refuse_if(self._why_no_review())
+        self._refuse_if_outdated(review.digest)
 
     @workflow.update
     async def cancel_order(self, _: SignalPayload) -> Decided:
@@ -354,6 +427,7 @@ class OrderWorkflow:
         _refuse_unless_valid(SignalledAddress, address)
         if self._step.final:
             self._refuse_if(f"the order is {self._step}")
+        self._refuse_if(self._why_no_address())
 
     @workflow.query
     def status(self) -> OrderStatus:
@@ -365,7 +439,7 @@ class OrderWorkflow:
 
     def _why_no_review(self) -> str | None:
         """Why a decision no longer counts; None when it does."""
-        if self._step not in {Step.RECEIVED, Step.AWAITING_REVIEW}:
+        if self._step not in {Step.RECEIVED, Step.AWAITING_REVIEW} and not self._reopened:
             return f"the order is {self._step}"
         if self._cancel:
             return "the order is being cancelled"
@@ -376,6 +450,30 @@ class OrderWorkflow:
     def _why_no_cancel(self) -> str | None:
         return f"the order is {self._step}" if self._step.final else None
 
+    def _why_no_address(self) -> str | None:
+        """Why the review forbids another address; None when it does not."""
+        if self._review is None or self._review.decision is not Verdict.APPROVE:
+            return None
+        match self._order.address_after_review:
+            case "allow":
+                return None
+            case "review":
+                return "the parcel is being made ready" if self._address_final else None
+            case _:
+                return "it was approved for the address that it has"
+
+    def _decide(self, review: Review) -> None:
+        self._review, self._reviewed = review, self._digest()
+
+    def _digest(self) -> str:
+        """Of what there is to approve."""
+        return self._order.digest(self._address)
+
+    def _refuse_if_outdated(self, digest: str | None) -> None:
+        if digest is not None and (self._changing or digest != self._digest()):
+            reason = "the address is being changed" if self._changing else "it is not what was looked at any more"
+            raise ApplicationError(reason, type=ReviewOutdated.__name__, non_retryable=True)
+
     def _refuse_if(self, reason: str | None) -> None:
         if reason:
             raise ApplicationError(reason, type=TooLate.__name__, non_retryable=True)
@@ -385,16 +483,25 @@ class OrderWorkflow:
 
     async def _change_address(self, address: Address) -> bool:
         """Whether it was taken. One at a time, so that the last one in history is the one that stays."""
-        async with self._address_turn:
-            await workflow.wait_condition(lambda: self._written_down)
-            decision = await workflow.execute_activity_method(
-                OrderActivities.change_address,
-                AddressChange(order_id=self._order.order_id, address=address),
-                **policies.DATABASE,
-            )
-            if decision.accepted:
-                await self._tell_shipment("address", address)
-            return decision.accepted
+        self._changing += 1
+        try:
+            async with self._address_turn:
+                await workflow.wait_condition(lambda: self._written_down)
+                return await self._write_address(address)
+        finally:
+            self._changing -= 1
+
+    async def _write_address(self, address: Address) -> bool:
+        order_id, digest = self._order.order_id, self._order.digest(address)
+        decision = await workflow.execute_activity_method(
+            OrderActivities.change_address,
+            AddressChange(order_id=order_id, address=address, digest=digest),
+            **policies.DATABASE,
+        )
+        if decision.accepted:
+            self._address = address
+            await self._tell_shipment("address", address)
+        return decision.accepted
 
     async def _note(self, event: str, reason: str) -> None:
         self._notes += 1
