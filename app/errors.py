@@ -54,10 +54,21 @@ class TooLate(TrellisError):
     status = HTTPStatus.CONFLICT
 
 
+class ReviewOutdated(TrellisError):
+    """What was reviewed has changed"""
+
+    status = HTTPStatus.CONFLICT
+
+
 class InvalidRequest(TrellisError):
     """The request is not valid"""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+    def __init__(self, detail: str = "", *, field: str = "") -> None:
+        """`field`: where the fault is, as in `body.items`; then `detail` is the rule alone."""
+        super().__init__(detail)
+        self.field = field
 
 
 # --- what the business decided -----------------------------------------------------------------------------

@@ -27,10 +27,12 @@ _READER_LOCK: Final = 0x7472656C6C6973
 _CLAIM: Final = "SELECT pg_try_advisory_lock($1)"
 
 # Both walk an index over what is still open, however many orders have ended. Due is who has a quarter of the review
-# left: a share, because windows are of seconds or of days.
+# left: a share, because windows are of seconds or of days. An order in its second review waits for a person, and is
+# not stuck at its step.
 _OPEN: Final = """
-SELECT state, count(*) AS orders, clock_timestamp() - min(state_since) AS oldest,
-       count(*) FILTER (WHERE state = 'awaiting_review'
+SELECT state, count(*) AS orders,
+       coalesce(clock_timestamp() - min(state_since) FILTER (WHERE reopened_for IS NULL), interval '0') AS oldest,
+       count(*) FILTER (WHERE (state = 'awaiting_review' OR reopened_for IS NOT NULL)
            AND clock_timestamp() > review_deadline - (review_deadline - state_since) / 4) AS due
 FROM orders WHERE state = ANY($1) GROUP BY state
 """

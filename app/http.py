@@ -20,7 +20,7 @@ from temporalio.service import RPCError
 
 from app import db, docs_page, health, metrics, serving, stopping, temporal, tracing
 from app.edge import Edge, is_probe, secure
-from app.errors import DatabaseUnavailable, TrellisError
+from app.errors import DatabaseUnavailable, InvalidRequest, TrellisError
 from app.identity import Identity
 from app.order.api import OrderParts
 from app.order.api import router as orders_router
@@ -223,6 +223,8 @@ def problem(status: int, title: str, detail: str | None = None, *, code: str, **
 
 async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, TrellisError)  # noqa: S101 - it is registered for nothing else
+    if isinstance(error, InvalidRequest) and error.field:
+        return _invalid(Fault(field=error.field, rule=error.detail))
     return problem(error.status, error.title, error.detail or None, code=type(error).__name__)
 
 

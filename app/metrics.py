@@ -153,17 +153,17 @@ def _start_at_zero() -> None:
             ORDERS_CLOSED.labels(step)
         else:
             STEP_DURATION.labels(step)
-    for status in PaymentStatus:
-        PAYMENTS.labels(status)
-    for outcome in REFUND_OUTCOMES:
-        REFUNDS.labels(outcome)
-    for outcome in RECONCILE_OUTCOMES:
-        RECONCILED.labels(outcome)
+    for counter, values in (
+        (PAYMENTS, PaymentStatus),
+        (REFUNDS, REFUND_OUTCOMES),
+        (RECONCILED, RECONCILE_OUTCOMES),
+        (BACKGROUND_FAILURES, BACKGROUND_TASKS),
+    ):
+        for value in values:
+            counter.labels(value)
     for signal in CUSTOMER_SIGNALS:
         for outcome in SIGNAL_OUTCOMES:
             SIGNALS.labels(signal, outcome)
-    for task in BACKGROUND_TASKS:
-        BACKGROUND_FAILURES.labels(task)
 
 
 _start_at_zero()

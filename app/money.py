@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Final
 
 from pydantic import (
@@ -41,39 +41,80 @@ Currency = Annotated[
     Field(description="ISO 4217 code, in any case.", examples=["USD"]),
 ]
 
-#: Decimal with at most two digits after the point; written to JSON as a string.
+#: Any decimal; written to JSON as a string. What an amount may be is checked where it comes in, not where it is read
+#: again: an order that was accepted stays readable when a rule becomes stricter.
 Amount = Annotated[
     Decimal,
-    Field(ge=0, le=MAX_TOTAL, decimal_places=2, allow_inf_nan=False, examples=["19.90"]),
+    Field(allow_inf_nan=False, examples=["19.90"]),
     PlainSerializer(str, return_type=str, when_used="json"),
 ]
 
+#: A price as a caller may send it, with at most two digits after the point.
+Price = Annotated[Amount, Field(ge=0, le=MAX_TOTAL, decimal_places=2)]
+
 
 class Money(BaseModel):
-    """An amount with its currency, carrying exactly the currency's digits (`"0.50"` USD, `"50"` JPY)."""
+    """An amount with its currency, carrying exactly the currency's digits (`"0.50"` USD, `"50"` JPY).
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    An amount that its currency cannot have is kept as it is, and no rule refuses it: Temporal's histories hold this
+    model (docs/decisions/0054-strict-at-the-edge.md).
+    """
+
+    model_config = ConfigDict(frozen=True)
 
     amount: Amount
-    currency: Currency
+    currency: str
 
     @model_validator(mode="after")
     def _fit_currency(self) -> Money:
-        fitted = quantize(self.amount, self.currency)
-        object.__setattr__(self, "amount", fitted)
+        object.__setattr__(self, "amount", fit(self.amount, self.currency))
         return self
+
+    @property
+    def fault(self) -> str | None:
+        """Why nobody can be charged this; None if they can."""
+        if self.amount <= 0:
+            return "the total must be more than 0"
+        try:
+            quantize(self.amount, self.currency)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def __str__(self) -> str:
         return f"{self.amount} {self.currency}"
+
+
+def fit(amount: Decimal, currency: str) -> Decimal:
+    """`amount` with exactly the currency's digits, or as it is where there is no such amount."""
+    try:
+        return quantize(amount, currency)
+    except ValueError:
+        return amount
+
+
+def exact_amount(amount: Decimal, currency: str) -> Decimal:
+    """An amount from outside, which is not negative, with exactly the currency's digits.
+
+    Raises:
+        ValueError: its currency has no such amount, or is unknown.
+    """
+    if amount < 0:
+        raise ValueError("an amount is not negative")
+    return quantize(amount, currency)
 
 
 def quantize(amount: Decimal, currency: str) -> Decimal:
     """`amount` with exactly the currency's digits.
 
     Raises:
-        ValueError: if that would lose money, as with 0.5 JPY.
+        ValueError: if that would lose money, as with 0.5 JPY; or if the currency is unknown.
     """
-    fitted = amount.quantize(Decimal(1).scaleb(-CURRENCY_DIGITS[currency]))
+    _known_currency(currency)
+    try:
+        fitted = amount.quantize(Decimal(1).scaleb(-CURRENCY_DIGITS[currency]))
+    except InvalidOperation:
+        raise ValueError("too many digits") from None
     if fitted != amount:
         raise ValueError(f"{currency} has {CURRENCY_DIGITS[currency]} digits after the decimal point")
     return fitted

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -33,6 +34,8 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 #: What may stand in a header behind `Bearer `.
 VISIBLE: Final = r"[\x21-\x7e]+"
+#: What an order without items costs where the built-in sandbox takes the payments, the same figure in every currency.
+SANDBOX_DEMO_PRICE: Final = Decimal("50.00")
 
 
 class SettingsError(TrellisError):
@@ -182,6 +185,17 @@ class Settings(BaseSettings):
         10, description="Attempts at handing over a parcel before the order is refunded."
     )
 
+    address_after_review: Literal["allow", "review", "deny"] = Field(
+        "allow",
+        description="What becomes of another address after the approval. `allow`: the parcel goes there; `review`: it "
+        "waits for a second approval, and is refunded without one; `deny`: it is refused.",
+    )
+    demo_price: Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=2)] | None = Field(
+        None,
+        description="Price of an order without items, the same figure in every currency; 0: none, `items` is required. "
+        "Unset: 50.00 where the built-in sandbox takes the payments, elsewhere none.",
+    )
+
     # Partners
     sandbox: bool = Field(
         False,
@@ -298,6 +312,13 @@ class Settings(BaseSettings):
                 "neither of them where orders are real"
             )
         return self
+
+    @property
+    def demo_price_in_force(self) -> Decimal | None:
+        """What an order without items costs; None: there is no such order."""
+        if self.demo_price is None:
+            return None if self.payment_url else SANDBOX_DEMO_PRICE
+        return self.demo_price or None
 
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:

@@ -106,6 +106,7 @@ class Stage:
             "TRELLIS_TEMPORAL_ADDRESS": temporal_address,
             "TRELLIS_PAYMENT_URL": f"{self._world_url}/payments",
             "TRELLIS_CARRIER_URL": f"{self._world_url}/carrier",
+            "TRELLIS_DEMO_PRICE": "50.00",
             "TRELLIS_LOG_FORMAT": "json",
             **(
                 {"TRELLIS_METRICS_PORT": str(free_port()), "OTEL_EXPORTER_OTLP_ENDPOINT": self._world_url}

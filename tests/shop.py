@@ -240,15 +240,16 @@ class Shop:
         review: int | None = 60,
         attempts: int | None = None,
         local_steps: bool | None = None,
+        after_review: str | None = None,
         **more: Any,
     ) -> Order:
         """Place an order, as the API does. `payment` is a name that the sandbox knows, or any other; `attempts` are
-        those at handing the parcel over; `local_steps` is the setting."""
+        those at handing the parcel over; `local_steps` is the setting, `after_review` that of a new address."""
         # "pay-slow" becomes "pay-slow-1a2b": the sandbox goes by the first part, and no two orders share an id.
         unique = uuid.uuid4().hex[:10]
         order = Order(f"o-{unique}", self, f"{payment}-{unique}")
         request = StartOrder(payment_id=order.payment_id, address=address, review_timeout_seconds=review, **more)
-        changes = {"dispatch_attempts": attempts, "local_steps": local_steps}
+        changes = {"dispatch_attempts": attempts, "local_steps": local_steps, "address_after_review": after_review}
         chosen = self.settings.model_copy(update={name: new for name, new in changes.items() if new is not None})
         await OrderService(chosen, self.repository, self.client).start(order.id, request)
         return order

@@ -38,7 +38,7 @@ from app.interceptors import translate
 from app.money import Money
 from app.order import repository as order_sql
 from app.order.activities import OrderActivities
-from app.order.models import AddressChange, CloseOrder, NoteRequest, OrderInput, StartOrder
+from app.order.models import AddressChange, CloseOrder, NoteRequest, OrderInput, StartOrder, address_digest
 from app.order.repository import OrderRepository
 from app.payment import repository as payment_sql
 from app.payment.activities import PaymentActivities
@@ -1051,7 +1051,7 @@ async def test_address_change_is_told_once_per_activity(shop: Shop) -> None:
     assert (await shop.row("o-1"))["address_json"] == OFFICE.model_dump()
     assert (await shop.database.told("o-1"))[-2:] == ["charged", "address_changed"]
     # The timeline is read by more people than the address.
-    assert await shop.payload("o-1", "address_changed") == {}
+    assert await shop.payload("o-1", "address_changed") == {"address": address_digest("o-1", OFFICE)}
 
 
 async def test_address_of_a_closed_order_stays(shop: Shop) -> None:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ from app.local.postgres import LocalPostgres
 from app.local.processes import free_port
 from app.local.temporal import LocalTemporal
 from app.main import create
+from app.order.bodies import ReviewBody, StartOrderBody
 from app.order.feed import EventFeed
 from app.order.models import NoteRequest, OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.settings import Settings
+from app.shipping.models import AddressBody
 from app.steps import Step
 from tests.support import serving, until, until_step
 from tests.telemetry import environment, started, until_ready
@@ -257,9 +260,19 @@ BAD_STARTS: dict[str, tuple[Any, str, str]] = {
     "payment id NaN": (raw('{"payment_id": NaN}'), "body.payment_id", "string"),
     "unknown field": ({"payment_id": "pay-1", "amount": "5.00"}, "body.amount", "not permitted"),
     "items null": ({"payment_id": "pay-1", "items": None}, "body.items", "list"),
+    "no items at all": ({"payment_id": "pay-1", "items": []}, "body.items", "at least 1 item"),
     "too many items": ({"payment_id": "pay-1", "items": [ITEM] * 101}, "body.items", "at most 100 items"),
     "unknown field of an item": (with_item(colour="red"), "body.items.0.colour", "not permitted"),
     "no sku": ({"payment_id": "pay-1", "items": [{"quantity": 1, "unit_price": "1"}]}, "body.items.0.sku", "required"),
+    "no quantity": (
+        {"payment_id": "pay-1", "items": [{"sku": "TEA", "unit_price": "1"}]},
+        "body.items.0.quantity",
+        "required",
+    ),
+    "no price": ({"payment_id": "pay-1", "items": [{"sku": "TEA", "quantity": 1}]}, PRICE, "required"),
+    "quantity null": (with_item(quantity=None), "body.items.0.quantity", "integer"),
+    "a currency of its own": (with_item(currency="EUR"), "body.items.0.currency", "not permitted"),
+    "currency null": ({"payment_id": "pay-1", "currency": None}, "body.currency", "string"),
     "quantity 0": (with_item(quantity=0), "body.items.0.quantity", "greater than or equal to 1"),
     "quantity negative": (with_item(quantity=-1), "body.items.0.quantity", "greater than or equal to 1"),
     "quantity too large": (with_item(quantity=10_001), "body.items.0.quantity", "less than or equal to 10000"),
@@ -332,6 +345,48 @@ async def test_bad_start_is_refused_and_starts_nothing(counter: httpx.AsyncClien
     assert not await exists(temporal, order_id)
     # The status asks the tables first.
     problem(await counter.get(f"/orders/{order_id}/status"), 404, "OrderNotFound")
+
+
+@asynccontextmanager
+async def priced(settings: Settings, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an API with a payment provider of its own, behind which nobody works."""
+    changes |= {"payment_url": "http://127.0.0.1:9/payments", "order_task_queue": new_id("nobody")}
+    async with (
+        serving(create_app(settings.model_copy(update=changes))) as url,
+        httpx.AsyncClient(base_url=url, timeout=30) as client,
+    ):
+        yield client
+
+
+def test_the_demo_price_is_on_by_itself_only_where_the_sandbox_takes_the_payments() -> None:
+    assert Settings().demo_price_in_force == Decimal("50.00")
+    assert Settings(demo_price=0).demo_price_in_force is None
+    assert Settings(payment_url="https://p.example.com").demo_price_in_force is None
+    assert Settings(payment_url="https://p.example.com", demo_price="9.90").demo_price_in_force == Decimal("9.90")
+
+
+async def test_an_order_without_items_needs_a_price_for_it(shared_settings: Settings, temporal: Client) -> None:
+    order_id = new_id()
+    start, body = f"/orders/{order_id}/start", {"payment_id": f"pay-{order_id}"}
+    async with priced(shared_settings) as client:
+        for without in (body, body | {"currency": "EUR"}):
+            assert "TRELLIS_DEMO_PRICE" in fields(await client.post(start, json=without))["body.items"]
+        assert not await exists(temporal, order_id)
+        assert await accepted(client, items=[ITEM])
+    async with priced(shared_settings, demo_price=Decimal("12.50")) as client:
+        assert "JPY" in fields(await client.post(start, json=body | {"currency": "JPY"}))["body.items"]
+        assert not await exists(temporal, order_id)
+        assert (await client.post(start, json=body)).status_code == 202
+
+
+async def test_the_same_start_is_the_same_order_also_where_its_price_is_gone(
+    shared_settings: Settings, shop: httpx.AsyncClient
+) -> None:
+    order_id = await in_review(shop)
+    body = {"payment_id": f"pay-{order_id}", "review_timeout_seconds": 3600}
+    async with priced(shared_settings) as client:
+        again = await client.post(f"/orders/{order_id}/start", json=body)
+    assert again.json() == (await shop.post(f"/orders/{order_id}/start", json=body)).json()
 
 
 @pytest.mark.parametrize("path", ["start", "signals/approve", "signals/address", "review", "cancel"])
@@ -1223,7 +1278,7 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_body_has_examples_that_are_taken() -> None:
-    models = {"StartOrder": StartOrder}
+    models = {"StartOrderBody": StartOrderBody, "AddressBody": AddressBody, "ReviewBody": ReviewBody}
     for name, operation in operations():
         if "requestBody" not in operation:
             continue
@@ -1232,7 +1287,7 @@ def test_every_body_has_examples_that_are_taken() -> None:
         for example in schema.get("examples", []):
             assert set(example) <= set(schema["properties"]), name
             assert set(schema.get("required", [])) <= set(example), name
-            if model := models.get(schema["title"]):
+            if model := models.pop(schema["title"], None):
                 model.model_validate(example)
 
 

@@ -25,6 +25,7 @@ from app.shipping.models import (
 from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
+from tests.bookkeeping import USD
 from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
 from tests.support import activities_of
 
@@ -243,7 +244,7 @@ async def test_a_shipment_started_again_by_hand_ships_nothing_twice(shop: Shop) 
     await order.ends()
     parcel = await shop.ledger.find_parcel(order.id)
     assert parcel is not None
-    again = ShippingInput(order_id=order.id, payment_id=order.payment_id, money=StartOrder(payment_id="x").total)
+    again = ShippingInput(order_id=order.id, payment_id=order.payment_id, money=USD)
     queue = shop.settings.shipping_task_queue
     with pytest.raises(WorkflowAlreadyStartedError):
         await shop.client.start_workflow(

@@ -129,7 +129,9 @@ async def test_text_tells_what_json_tells(cli: Cli, api: httpx.AsyncClient, orde
     await start(api, order_id, items=[{"sku": "CUP", "quantity": 3, "unit_price": "1.50"}])
     await until_step(api, order_id, "awaiting_review")
     reviews = await cli("order", "reviews")
-    assert re.search(rf"^{order_id} +\d+ +\S+ +4.50 USD +3 CUP +pay-{order_id}$", reviews.out, re.MULTILINE)
+    assert re.search(
+        rf"^{order_id} +\d+ +\S+ +4.50 USD +3 CUP +pay-{order_id} +[0-9a-f]{{64}}$", reviews.out, re.MULTILINE
+    )
     approved = await cli("order", "approve", order_id, "--note", "fine")
     assert approved.out.startswith(f"{order_id}: the approval counts; the order is ")
     watched = await cli("order", "watch", order_id)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from app.order.models import (
     order_workflow_id,
 )
 from app.order.repository import OrderRepository
+from app.order.service import OrderService
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
 from app.steps import Step
@@ -536,6 +539,32 @@ async def test_without_local_steps_every_step_is_an_activity_of_its_queue(shop: 
     assert scheduled == ["receive", "validate", "charge", "prepare", "dispatch"]
 
 
+async def test_an_order_is_charged_the_price_that_it_was_accepted_at(shop: Shop) -> None:
+    """The workers have another setting; and an order of an earlier release, none at all in its input."""
+    chosen = shop.settings.model_copy(update={"demo_price": Decimal("12.50")})
+    priced = Order(f"o-{uuid.uuid4().hex[:10]}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+    service = OrderService(chosen, shop.repository, shop.client)
+    await service.start(priced.id, StartOrder(payment_id=priced.payment_id, currency="EUR", review_timeout_seconds=60))
+    earlier = Order(f"o-{uuid.uuid4().hex[:10]}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+    await shop.client.start_workflow(
+        "OrderWorkflow",
+        {
+            "order_id": earlier.id,
+            "request": {"payment_id": earlier.payment_id},
+            "review_timeout_seconds": 60,
+            "shipping_task_queue": shop.settings.shipping_task_queue,
+        },
+        id=order_workflow_id(earlier.id),
+        task_queue=shop.settings.order_task_queue,
+    )
+    for order, amount in ((priced, "12.50"), (earlier, "50.00")):
+        await order.approve()
+        assert await order.ends() is Step.SHIPPED
+        (charge,) = await shop.ledger.charges_of(order.payment_id)
+        assert str(charge.amount) == amount
+        assert (await order.events("received"))[0].payload["amount"] == amount
+
+
 async def test_a_lost_reply_does_not_charge_twice(shop: Shop) -> None:
     order = await shop.approved("pay-lost")
     assert await order.ends() is Step.SHIPPED
@@ -732,6 +761,69 @@ async def test_an_address_that_is_none_is_ignored_and_told(shop: Shop) -> None:
     await order.cancel()
     assert await order.ends() is Step.CANCELLED
     assert not await order.events("address_changed")
+
+
+async def test_an_order_of_a_newer_release_passes_through_this_one_whole(shop: Shop) -> None:
+    """As after a rollback: the newer API has started it, and sent what it sent."""
+    order = Order(f"o-{uuid.uuid4().hex[:10]}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+    home, office = ({**address.model_dump(), "country": "NO"} for address in (HOME, OFFICE))
+    request = {"payment_id": order.payment_id, "address": home, "gift": True}
+    queues = {
+        "order_task_queue": shop.settings.order_task_queue,
+        "shipping_task_queue": shop.settings.shipping_task_queue,
+    }
+    await shop.client.start_workflow(
+        "OrderWorkflow",
+        {"order_id": order.id, "request": request, "review_timeout_seconds": 60, "loyalty": "gold", **queues},
+        id=order_workflow_id(order.id),
+        task_queue=shop.settings.order_task_queue,
+    )
+    await order.reaches(Step.AWAITING_REVIEW)
+    await order.workflow.signal("address", {**office, "zip": "62799"})
+    await order.tells("address_changed")
+    await order.workflow.execute_update("change_address", office)
+    await order.workflow.execute_update("review", {"decision": "approve", "four_eyes": True})
+    assert await order.ends() is Step.SHIPPED
+    assert (await _sent_to(order)).model_dump() == office
+    found = await shop.pool.fetchrow("SELECT request_hash FROM orders WHERE id = $1", order.id)
+    assert found["request_hash"] == StartOrder.model_validate(request).fingerprint
+
+
+async def test_an_update_that_breaks_a_rule_is_refused_also_from_a_foreign_client(shop: Shop) -> None:
+    """A workflow decodes without rules; what cannot be stored would be tried for ever."""
+    order = await shop.order()
+    for update, argument in (
+        ("review", {"decision": "approve", "note": "a\x00b"}),
+        ("review", {"decision": "approve", "note": "x" * 501}),
+        ("change_address", HOME.model_dump() | {"line1": "a\x00b"}),
+        ("change_address", HOME.model_dump() | {"country": "a\x00b"}),
+    ):
+        with pytest.raises(WorkflowUpdateFailedError) as refused:
+            await order.workflow.execute_update(update, argument)
+        assert "not valid" in str(refused.value.cause)
+    await order.approve()
+    assert await order.ends() is Step.SHIPPED
+
+
+async def test_an_order_that_nobody_can_be_charged_for_is_rejected(shop: Shop) -> None:
+    """Started by a client that is not the API."""
+    for number, (more, fault) in enumerate(
+        [
+            ({"items": [{"sku": "TEA", "quantity": 1, "unit_price": "0"}]}, "more than 0"),
+            ({"items": [{"sku": "TEA", "quantity": 1, "unit_price": "0.5"}], "currency": "JPY"}, "0 digits"),
+            ({"items": [{"sku": "TEA", "quantity": 1, "unit_price": "1"}], "currency": "XYZ"}, "unknown currency"),
+        ]
+    ):
+        order = Order(f"o-{uuid.uuid4().hex[:10]}-{number}", shop, f"pay-{uuid.uuid4().hex[:10]}")
+        await shop.client.start_workflow(
+            "OrderWorkflow",
+            {"order_id": order.id, "request": {"payment_id": order.payment_id, **more}},
+            id=order_workflow_id(order.id),
+            task_queue=shop.settings.order_task_queue,
+        )
+        assert await order.ends() is Step.REJECTED
+        assert fault in ((await order.status())[1] or "")
+    assert (await shop.repository.newest(Step.REJECTED, None, 50)).orders
 
 
 async def test_a_flood_of_addresses_does_not_fill_the_history(shop: Shop) -> None:

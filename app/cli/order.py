@@ -57,6 +57,10 @@ Signal = Annotated[
     typer.Option("--signal", help="Send it and do not wait for the answer; works while the workers are down."),
 ]
 Note = Annotated[str, typer.Option(help="Why; it stays with the order.")]
+Digest = Annotated[
+    str | None,
+    typer.Option(help="What `reviews` or `show` printed: refused if the order has changed since.", show_default=False),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Most rows.")]
 All = Annotated[bool, typer.Option("--all", help="Every row, however many.")]
 
@@ -111,12 +115,19 @@ def start(
 
 @command()
 def approve(
-    order_id: Id, note: Note = "", signal: Signal = False, url: Url = DEFAULT_URL, as_json: AsJson = False
+    order_id: Id,
+    note: Note = "",
+    digest: Digest = None,
+    signal: Signal = False,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
 ) -> None:
     """Approve an order that awaits its review."""
     if signal and note:
         raise typer.BadParameter("a signal carries no note", param_hint="--note")
-    review = {"decision": "approve", "note": note}
+    if signal and digest:
+        raise typer.BadParameter("a signal carries no digest", param_hint="--digest")
+    review = _review("approve", note, digest)
     with connect(url) as api:
         if signal:
             _signalled(api.post(order_path(order_id, "/signals/approve")), as_json)
@@ -125,9 +136,11 @@ def approve(
 
 
 @command()
-def reject(order_id: Id, note: Note = "", url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
+def reject(
+    order_id: Id, note: Note = "", digest: Digest = None, url: Url = DEFAULT_URL, as_json: AsJson = False
+) -> None:
     """Reject an order that awaits its review."""
-    review = {"decision": "reject", "note": note}
+    review = _review("reject", note, digest)
     with connect(url) as api:
         _decided(api.post(order_path(order_id, "/review"), review), "rejection", as_json)
 
@@ -299,6 +312,10 @@ def _item(text: str) -> dict[str, Any]:
     return {"sku": sku, "quantity": int(quantity), "unit_price": price}
 
 
+def _review(decision: str, note: str, digest: str | None) -> dict[str, str]:
+    return {"decision": decision, "note": note} | ({"digest": digest} if digest else {})
+
+
 def _address(text: str | None, *parts: str | None) -> dict[str, str] | None:
     if text is not None:
         if any(part is not None for part in parts):
@@ -367,7 +384,20 @@ def _order_row(order: OrderSummary) -> output.Row:
     )
 
 
-_REVIEW_COLUMNS: Final = ("ORDER", "SECONDS LEFT", "DEADLINE", "TOTAL", "ITEMS", "PAYMENT", "CUSTOMER", "ORDERS BEFORE")
+_REVIEW_COLUMNS: Final = (
+    *(
+        "ORDER",
+        "SECONDS LEFT",
+        "DEADLINE",
+        "TOTAL",
+        "ITEMS",
+        "PAYMENT",
+        "CUSTOMER",
+        "ORDERS BEFORE",
+        "CHANGED",
+        "DIGEST",
+    ),
+)
 
 
 def _review_row(task: ReviewTask) -> output.Row:
@@ -380,6 +410,8 @@ def _review_row(task: ReviewTask) -> output.Row:
         task.payment_id or "",
         task.customer_id or "",
         "" if task.earlier_orders is None else str(task.earlier_orders),
+        task.reopened_for or "",
+        task.digest,
     )
 
 
@@ -398,6 +430,8 @@ def _facts(order: OrderView) -> list[tuple[str, str]]:
         ("review until", output.moment(order.review_deadline)),
         ("note", order.review_note or ""),
         ("reason", order.reason or ""),
+        ("review again", f"{order.reopened_for} changed" if order.reopened_for else ""),
+        ("digest", order.digest),
         ("tracking", order.tracking or ""),
         ("workflow", order.workflow_id),
         ("run", order.run_id or ""),

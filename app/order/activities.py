@@ -16,6 +16,8 @@ from app.order.models import (
     NoteRequest,
     OrderInput,
     OrderStatus,
+    ReopenReview,
+    ReviewDecision,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class OrderActivities:
             OrderRejected: the order can never be charged; it is `rejected`.
         """
         reach("validate.before_write")
+        if fault := order.total.fault:
+            await self._orders.reject(order.order_id, fault)
         await self._orders.open_review(order)
         reach("validate.before_reply")
 
@@ -59,6 +63,16 @@ class OrderActivities:
         accepted = await self._orders.change_address(change, _key("address"))
         reach("change_address.before_reply")
         return AddressDecision(accepted=accepted)
+
+    @activity.defn
+    async def reopen_review(self, request: ReopenReview) -> None:
+        """Ask for another review of an order that has changed since the first; it keeps its step."""
+        await self._orders.reopen_review(request, _key("reopened"))
+
+    @activity.defn
+    async def settle_review(self, decision: ReviewDecision) -> None:
+        """Write down what that review has decided."""
+        await self._orders.settle_review(decision, _key("decided"))
 
     @activity.defn
     async def note(self, note: NoteRequest) -> None:

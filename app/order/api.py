@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from app.errors import InvalidRequest, OrderNotFound
+from app.order.bodies import ReviewBody, StartOrderBody
 from app.order.feed import EventFeed
 from app.order.models import (
     Accepted,
@@ -22,17 +23,15 @@ from app.order.models import (
     OrderPage,
     OrderStatus,
     OrderView,
-    Review,
     ReviewPage,
     ShortId,
     SignalBody,
     StartAccepted,
-    StartOrder,
 )
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
 from app.problems import problems
-from app.shipping.models import Address
+from app.shipping.models import AddressBody
 from app.steps import Step
 
 if TYPE_CHECKING:
@@ -75,13 +74,13 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
     summary="Start an order",
     responses=problems(409, 413),
 )
-async def start(order_id: Id, request: StartOrder, orders: Orders) -> StartAccepted:
+async def start(order_id: Id, body: StartOrderBody, orders: Orders) -> StartAccepted:
     """Accept an order. With 202 it is durable: it will be carried to an end whatever crashes.
 
     The same call again answers the same; another request under the same id, or a payment id of another order, gets
     409 and charges nothing.
     """
-    return await orders.service.start(order_id, request)
+    return await orders.service.start(order_id, body.request)
 
 
 @router.post(
@@ -118,9 +117,9 @@ async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> A
     summary="Change the address",
     responses=problems(404, 409, 413),
 )
-async def signal_address(order_id: Id, address: Address, orders: Orders) -> Accepted:
+async def signal_address(order_id: Id, body: AddressBody, orders: Orders) -> Accepted:
     """Change the address, until the parcel is handed over."""
-    await orders.service.signal_address(order_id, address)
+    await orders.service.signal_address(order_id, body.address)
     return Accepted(order_id=order_id, signal="address")
 
 
@@ -134,9 +133,9 @@ async def status(order_id: Id, orders: Orders) -> OrderStatus:
 
 
 @router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409, 413))
-async def review(order_id: Id, decision: Review, orders: Orders) -> Decided:
+async def review(order_id: Id, body: ReviewBody, orders: Orders) -> Decided:
     """Approve or reject. 200 means that this decision is the one that counts."""
-    return await orders.service.review(order_id, decision)
+    return await orders.service.review(order_id, body.review)
 
 
 @router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409, 413))
@@ -151,9 +150,9 @@ async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) 
     summary="Change the address, answered",
     responses=problems(404, 409, 413),
 )
-async def change_address(order_id: Id, address: Address, orders: Orders) -> Decided:
+async def change_address(order_id: Id, body: AddressBody, orders: Orders) -> Decided:
     """Change the address. 200 means that the parcel will go there."""
-    return await orders.service.change_address(order_id, address)
+    return await orders.service.change_address(order_id, body.address)
 
 
 # --- reads

@@ -1,39 +1,37 @@
 """The words of an order: what starts it, what changes it, what it answers.
 
 Shared by the API, the workflow and the activities, so that a request travels as one model from HTTP to PostgreSQL.
-New fields get defaults: recorded histories of earlier versions must still decode.
+These models are the format of Temporal's histories: new fields get defaults, none has a rule that a recorded value
+could break, and unknown fields are no fault. What callers may send is in `app.order.bodies`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from app.money import MAX_TOTAL, Amount, Currency, Money, quantize
+from app.money import Amount, Money
 from app.payment.models import PaymentStatus
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
 from app.steps import Step
-from app.text import IDENTIFIER, Remark
+from app.text import IDENTIFIER
 
 ORDER_TASK_QUEUE: Final = "default"
 
-#: What an order without items consists of, and its documented price, the same figure in every currency.
+#: What an order without items consists of.
 DEMO_SKU: Final = "TRELLIS-DEMO"
-DEMO_PRICE: Final = Decimal("50.00")
+
+#: Its price in orders that were started before their price travelled with them. `Settings.demo_price` is today's.
+OLD_DEMO_PRICE: Final = Decimal("50.00")
+
+REOPENED_FOR: Final = "`address` while the order waits for a second review, as its address has changed since the first."
+DIGEST: Final = "Of all that is approved: items, total, payment and address. Send it back with the decision."
 
 MAX_REVIEW_SECONDS: Final = 30 * 24 * 3600
 MAX_ITEMS: Final = 100
@@ -60,60 +58,28 @@ def order_workflow_id(order_id: str) -> str:
 class Item(BaseModel):
     """One line of an order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="allow")
 
-    sku: ShortId
-    quantity: Annotated[int, Field(ge=1, le=10_000, strict=True)]
+    sku: str
+    quantity: int
     unit_price: Amount
 
 
 class StartOrder(BaseModel):
-    """Body of `POST /orders/{id}/start`. Only `payment_id` is required."""
+    """What was ordered, as it travels with the order; `StartOrderBody` is what a caller sends.
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"payment_id": "pay-1"},
-                {
-                    "payment_id": "pay-2",
-                    "items": [{"sku": "TEA-100", "quantity": 2, "unit_price": "12.50"}],
-                    "currency": "EUR",
-                    "address": {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"},
-                    "review_timeout_seconds": 3600,
-                    "customer_id": "c-42",
-                },
-            ]
-        },
-    )
+    What a newer release has added is kept, so that an order of its passes through this one whole. New fields go to the
+    end: `fingerprint` depends on their order.
+    """
 
-    payment_id: PaymentId
-    items: Annotated[list[Item], Field(max_length=MAX_ITEMS)] = []
-    currency: Currency = "USD"
+    model_config = ConfigDict(extra="allow")
+
+    payment_id: str
+    items: list[Item] = []
+    currency: str = "USD"
     address: Address | None = None
-    review_timeout_seconds: Annotated[int, Field(ge=1, le=MAX_REVIEW_SECONDS, strict=True)] | None = None
-    customer_id: ShortId | None = None
-
-    @model_validator(mode="after")
-    def _prices_fit_the_currency(self) -> Self:
-        items, faults = [], []
-        for number, item in enumerate(self.items):
-            try:
-                items.append(item.model_copy(update={"unit_price": quantize(item.unit_price, self.currency)}))
-            except ValueError as error:
-                faults.append(_fault(str(error), "items", number, "unit_price"))
-        if items and not faults and not 0 < _sum(items) <= MAX_TOTAL:
-            faults.append(_fault(f"the total must be more than 0 and at most {MAX_TOTAL}", "items"))
-        if faults:
-            # With the place of each, which a ValueError would not have.
-            raise ValidationError.from_exception_data(type(self).__name__, faults)
-        self.items = items
-        return self
-
-    @property
-    def total(self) -> Money:
-        """What will be charged."""
-        return Money(amount=_sum(self.items) if self.items else DEMO_PRICE, currency=self.currency)
+    review_timeout_seconds: int | None = None
+    customer_id: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -122,10 +88,6 @@ class StartOrder(BaseModel):
         Defaults are left out, so that a field added later does not change the fingerprint of older requests.
         """
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
-
-
-def _fault(rule: str, *place: str | int) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError("value_error", rule), loc=place, input=None)
 
 
 def _sum(items: list[Item]) -> Decimal:
@@ -138,7 +100,7 @@ class OrderInput(BaseModel):
     Settings travel with the order, so that a worker restarted with others replays the same decisions.
     """
 
-    order_id: OrderId
+    order_id: str
     request: StartOrder
     review_timeout_seconds: int = 10
     dispatch_attempts: int = 10
@@ -146,6 +108,49 @@ class OrderInput(BaseModel):
     shipping_task_queue: str = SHIPPING_TASK_QUEUE
     #: Off for orders that began before there was such a thing.
     local_steps: bool = False
+    #: What an order without items costs, the same figure in every currency. None: the order has items.
+    demo_price: Amount | None = OLD_DEMO_PRICE
+    #: What becomes of another address after the approval: `allow`, `review` or `deny`. A value that this release does
+    #: not know denies it.
+    address_after_review: str = "allow"
+
+    @property
+    def total(self) -> Money:
+        """What will be charged."""
+        items = self.request.items
+        return Money(amount=_sum(items) if items else self.demo_price or Decimal(0), currency=self.request.currency)
+
+    def digest(self, address: Address | None) -> str:
+        """`approval_digest` of the order with this address."""
+        request = self.request
+        return approval_digest(self.order_id, request.payment_id, request.items, self.total, address)
+
+
+def approval_digest(
+    order_id: str, payment_id: str | None, items: list[Item], total: Money, address: Address | None
+) -> str:
+    """Of all that a reviewer approves: equal as long as nothing of it has changed. In hexadecimal."""
+    return _digest(
+        {
+            "order_id": order_id,
+            "payment_id": payment_id,
+            "items": [item.model_dump(mode="json") for item in items],
+            "total": str(total),
+            "address": address.model_dump(mode="json") if address else None,
+        }
+    )
+
+
+def address_digest(order_id: str, address: Address) -> str:
+    """Of an address of this order: tells whether two are the same, without saying what they are. In hexadecimal.
+
+    No secret: it can be found out by trying addresses. It may go where the order's own events go, and not into logs.
+    """
+    return _digest({"order_id": order_id, "address": address.model_dump(mode="json")})
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class OrderResult(BaseModel):
@@ -177,14 +182,12 @@ class Verdict(StrEnum):
 
 
 class Review(BaseModel):
-    """Body of `POST /orders/{id}/review`, argument of the update `review`."""
-
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"decision": "approve", "note": "known customer"}]}
-    )
+    """Argument of the update `review`; `ReviewBody` is what a caller sends."""
 
     decision: Verdict
-    note: Remark = ""
+    note: str = ""
+    #: Of what the reviewer has seen; None decides on the order as it is.
+    digest: str | None = None
 
 
 class SignalBody(BaseModel):
@@ -228,12 +231,30 @@ class AddressChange(BaseModel):
 
     order_id: str
     address: Address
+    digest: str = Field("", description="Of what would be approved with it.")
 
 
 class AddressDecision(BaseModel):
     """Answer of the activity `change_address`."""
 
     accepted: bool
+
+
+class ReopenReview(BaseModel):
+    """Argument of the activity `reopen_review`: what was approved has changed since."""
+
+    order_id: str
+    review_timeout_seconds: int
+    digest: str
+
+
+class ReviewDecision(BaseModel):
+    """Argument of the activity `settle_review`: the decision of a review that was opened again."""
+
+    order_id: str
+    decision: Verdict
+    note: str
+    digest: str
 
 
 # --- what the API answers -----------------------------------------------------------------------------------
@@ -346,6 +367,8 @@ class OrderView(OrderSummary):
     items: list[Item]
     address: Address | None
     review_deadline: datetime | None
+    reopened_for: str | None = Field(None, description=REOPENED_FOR)
+    digest: str = Field("", description=DIGEST)
     tracking: str | None
     payment: PaymentView | None
     trace_id: str | None = Field(None, description="The trace that shows all of the order; null if it was not traced.")
@@ -375,6 +398,8 @@ class ReviewTask(BaseModel):
         description="How many orders of this customer came before, counted to 100; null without a `customer_id`."
     )
     created_at: datetime
+    reopened_for: str | None = Field(None, description=REOPENED_FOR)
+    digest: str = Field("", description=DIGEST)
 
 
 class ReviewPage(BaseModel):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import AwareDatetime, RootModel
 
 from app import events, metrics, tracing
 from app.errors import InvalidRequest, OrderRejected
 from app.failpoints import reach
-from app.money import quantize
+from app.money import Money, fit
 from app.order.models import (
     AddressChange,
     CloseOrder,
     Event,
     Events,
+    Item,
     NoteRequest,
     OrderId,
     OrderInput,
@@ -26,10 +27,15 @@ from app.order.models import (
     OrderSummary,
     OrderView,
     PaymentView,
+    ReopenReview,
+    ReviewDecision,
     ReviewPage,
     ReviewTask,
+    address_digest,
+    approval_digest,
     order_workflow_id,
 )
+from app.shipping.models import Address
 from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
@@ -67,6 +73,28 @@ UPDATE orders SET address_json = $2
 WHERE id = $1 AND dispatch_started_at IS NULL AND NOT (state = ANY($3))
 """
 
+# Once per key, whatever has become of the order since.
+_REOPEN_REVIEW = """
+WITH known AS (
+    SELECT id FROM orders WHERE id = $1 FOR NO KEY UPDATE
+), told AS (
+    INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'review_reopened', $2, $3 FROM known
+    ON CONFLICT (order_id, key) DO NOTHING RETURNING order_id
+)
+UPDATE orders SET reopened_for = 'address', review_deadline = clock_timestamp() + make_interval(secs => $4)
+FROM told WHERE orders.id = told.order_id
+"""
+
+_SETTLE_REVIEW = """
+WITH known AS (
+    SELECT id FROM orders WHERE id = $1 FOR NO KEY UPDATE
+), told AS (
+    INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'review_decided', $2, $3 FROM known
+    ON CONFLICT (order_id, key) DO NOTHING RETURNING order_id
+)
+UPDATE orders SET reopened_for = NULL FROM told WHERE orders.id = told.order_id
+"""
+
 _DECIDED = "SELECT type FROM events WHERE order_id = $1 AND key = $2"
 
 _FIND_START = """
@@ -98,18 +126,30 @@ WHERE customer_id = $5
 ORDER BY created_at DESC, id DESC LIMIT $4
 """
 
+# Few orders are `charged` at any moment, so that index needs no condition of its own for the second reviews.
 _IN_REVIEW = """
-SELECT orders.*, earlier.orders AS earlier_orders
-FROM orders
+SELECT waiting.*, earlier.orders AS earlier_orders
+FROM (
+    (
+        SELECT * FROM orders
+        WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
+        ORDER BY review_deadline, id LIMIT $3
+    ) UNION ALL (
+        SELECT * FROM orders
+        WHERE state = 'charged' AND reopened_for IS NOT NULL
+          AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
+        ORDER BY review_deadline, id LIMIT $3
+    )
+    ORDER BY review_deadline, id LIMIT $3
+) AS waiting
 LEFT JOIN LATERAL (
     SELECT count(*) AS orders FROM (
-        SELECT FROM orders AS other
-        WHERE other.customer_id = orders.customer_id AND (other.created_at, other.id) < (orders.created_at, orders.id)
-        ORDER BY other.created_at DESC, other.id DESC LIMIT 100
+        SELECT FROM orders AS past
+        WHERE past.customer_id = waiting.customer_id AND (past.created_at, past.id) < (waiting.created_at, waiting.id)
+        ORDER BY past.created_at DESC, past.id DESC LIMIT 100
     ) AS counted
-) AS earlier ON orders.customer_id IS NOT NULL
-WHERE state = 'awaiting_review' AND ($1::timestamptz IS NULL OR (review_deadline, id) > ($1, $2))
-ORDER BY review_deadline, id LIMIT $3
+) AS earlier ON waiting.customer_id IS NOT NULL
+ORDER BY review_deadline, id
 """
 
 _EVENTS = "SELECT id, type, ts, payload_json FROM events WHERE order_id = $1 AND id > $2 ORDER BY id"
@@ -133,7 +173,7 @@ class OrderRepository:
 
     async def receive(self, order: OrderInput, run_id: str) -> None:
         """Write the order down, at `received`. A repeat changes nothing."""
-        request, total = order.request, order.request.total
+        request, total = order.request, order.total
         status = await self._pool.execute(
             _RECEIVE,
             order.order_id,
@@ -170,11 +210,18 @@ class OrderRepository:
         if move:
             return
         if await self._pool.fetchval(_PAYMENT_OWNER, payment_id, order.order_id):
-            reason = f"{payment_id} belongs to another order"
-            move = await events.enter(self._pool, order.order_id, Step.REJECTED, {"reason": reason}, error=reason)
-            metrics.entered(Step.REJECTED, move)
-            raise OrderRejected(reason)
+            await self.reject(order.order_id, f"{payment_id} belongs to another order")
         await events.require_entered(self._pool, order.order_id, Step.AWAITING_REVIEW)
+
+    async def reject(self, order_id: str, reason: str) -> NoReturn:
+        """Enter `rejected`, and say so.
+
+        Raises:
+            OrderRejected: always.
+        """
+        move = await events.enter(self._pool, order_id, Step.REJECTED, {"reason": reason}, error=reason)
+        metrics.entered(Step.REJECTED, move)
+        raise OrderRejected(reason)
 
     async def close(self, request: CloseOrder) -> None:
         """Enter a final step without a charge.
@@ -201,8 +248,21 @@ class OrderRepository:
                 )
                 reach("change_address.in_transaction")
                 event = "address_changed" if status == "UPDATE 1" else "address_refused"
-                await events.record(connection, change.order_id, event, {}, key=key)
+                payload = _changed(change) if event == "address_changed" else {}
+                await events.record(connection, change.order_id, event, payload, key=key)
         return bool(event == "address_changed")
+
+    async def reopen_review(self, request: ReopenReview, key: str) -> None:
+        """Put the order back into the queue of reviews, with a new deadline, at the step where it is."""
+        seconds = request.review_timeout_seconds
+        payload = {"changed": "address", "review_timeout_seconds": seconds, "digest": request.digest}
+        await self._pool.execute(_REOPEN_REVIEW, request.order_id, payload, key, float(seconds))
+
+    async def settle_review(self, decision: ReviewDecision, key: str) -> None:
+        """Take the order out of it again."""
+        note = {"note": decision.note} if decision.note else {}
+        payload = {"decision": decision.decision, "digest": decision.digest, **note}
+        await self._pool.execute(_SETTLE_REVIEW, decision.order_id, payload, key)
 
     async def note(self, note: NoteRequest, key: str) -> None:
         """Add to the timeline what did not change the order."""
@@ -233,6 +293,8 @@ class OrderRepository:
             items=row["items_json"],
             address=row["address_json"],
             review_deadline=row["review_deadline"],
+            reopened_for=row["reopened_for"] if row["state"] == Step.CHARGED else None,
+            digest=_digest(row),
             tracking=row["tracking"],
             payment=row["paid_with"] and _payment(row),
             trace_id=row["trace_id"],
@@ -285,7 +347,7 @@ def _summary(row: asyncpg.Record) -> OrderSummary:
         step=row["state"],
         last_error=row["last_error"],
         payment_id=row["payment_id"],
-        total=quantize(row["total"], row["currency"]),
+        total=fit(row["total"], row["currency"]),
         currency=row["currency"],
         customer_id=row["customer_id"],
         created_at=row["created_at"],
@@ -298,7 +360,7 @@ def _payment(row: asyncpg.Record) -> PaymentView:
         payment_id=row["paid_with"],
         status=row["status"],
         # A column of all currencies has two digits for each.
-        amount=quantize(row["amount"], row["currency"]),
+        amount=fit(row["amount"], row["currency"]),
         provider_reference=row["provider_reference"],
         created_at=row["payment_created_at"],
     )
@@ -309,14 +371,33 @@ def _review_task(row: asyncpg.Record) -> ReviewTask:
         order_id=row["id"],
         review_deadline=row["review_deadline"],
         seconds_left=round((row["review_deadline"] - datetime.now(UTC)).total_seconds(), 1),
-        total=quantize(row["total"], row["currency"]),
+        total=fit(row["total"], row["currency"]),
         currency=row["currency"],
         items=row["items_json"],
         customer_id=row["customer_id"],
         payment_id=row["payment_id"],
         earlier_orders=row["earlier_orders"],
         created_at=row["created_at"],
+        reopened_for=row["reopened_for"],
+        digest=_digest(row),
     )
+
+
+def _digest(row: asyncpg.Record) -> str:
+    address = row["address_json"]
+    return approval_digest(
+        row["id"],
+        row["payment_id"],
+        [Item.model_validate(item) for item in row["items_json"]],
+        Money(amount=row["total"], currency=row["currency"]),
+        Address.model_validate(address) if address else None,
+    )
+
+
+def _changed(change: AddressChange) -> dict[str, str]:
+    """What the timeline says of a new address: not the address itself, which it would keep for ever."""
+    digest = {"digest": change.digest} if change.digest else {}
+    return {"address": address_digest(change.order_id, change.address), **digest}
 
 
 def _event(row: asyncpg.Record) -> Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from datetime import timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio.client import (
@@ -16,7 +17,16 @@ from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from app import metrics
-from app.errors import OrderConflict, OrderNotFound, PaymentConflict, ServiceUnavailable, TooLate
+from app.errors import (
+    InvalidRequest,
+    OrderConflict,
+    OrderNotFound,
+    PaymentConflict,
+    ReviewOutdated,
+    ServiceUnavailable,
+    TooLate,
+)
+from app.money import quantize
 from app.order.models import (
     Decided,
     OrderInput,
@@ -65,6 +75,7 @@ class OrderService:
         Raises:
             OrderConflict: the order exists with another request.
             PaymentConflict: the payment id is that of another order.
+            InvalidRequest: it has no items, and there is no price for that.
         """
         known = await self._orders.find_start(order_id, request.payment_id)
         if known and known["id"] != order_id:
@@ -89,6 +100,8 @@ class OrderService:
                 order_task_queue=settings.order_task_queue,
                 shipping_task_queue=settings.shipping_task_queue,
                 local_steps=settings.local_steps,
+                demo_price=self._demo_price(request),
+                address_after_review=settings.address_after_review,
             ),
             id=order_workflow_id(order_id),
             task_queue=settings.order_task_queue,
@@ -97,6 +110,22 @@ class OrderService:
             memo={_REQUEST_MEMO: request.fingerprint},
             rpc_timeout=self._timeout,
         )
+
+    def _demo_price(self, request: StartOrder) -> Decimal | None:
+        """The price in force, which travels with the order; None for an order that needs none."""
+        price = self._settings.demo_price_in_force
+        if request.items:
+            return None
+        if price is None:
+            raise InvalidRequest(
+                "required: an order without items has no price here (TRELLIS_DEMO_PRICE)", field="body.items"
+            )
+        try:
+            return quantize(price, request.currency)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"required: the price of an order without items is {price}, and {error}", field="body.items"
+            ) from error
 
     async def _started_before(
         self, order_id: str, request: StartOrder, error: WorkflowAlreadyStartedError
@@ -161,6 +190,7 @@ class OrderService:
 
         Raises:
             TooLate: it can no longer be decided; with the reason.
+            ReviewOutdated: the order is no longer what its digest says.
             OrderNotFound: nobody knows the order.
             ServiceUnavailable: no worker answered in time.
         """
@@ -232,7 +262,8 @@ class OrderService:
 
 def _refusal(error: WorkflowUpdateFailedError, order_id: str) -> Exception:
     cause = error.cause
-    if isinstance(cause, ApplicationError) and cause.type == TooLate.__name__:
-        return TooLate(f"{order_id}: {cause.message}")
+    for kind in (TooLate, ReviewOutdated):
+        if isinstance(cause, ApplicationError) and cause.type == kind.__name__:
+            return kind(f"{order_id}: {cause.message}")
     # The workflow ended while the update waited for it.
     return TooLate(f"{order_id}: the order ended before this was answered; ask for its status")

@@ -31,6 +31,8 @@ def order_worker(services: Services) -> WorkerPart:
             orders.change_address,
             orders.note,
             orders.locate,
+            orders.reopen_review,
+            orders.settle_review,
             payments.charge,
             payments.refund,
             reconcile_activities(services).reconcile,

@@ -11,7 +11,7 @@ import contextlib
 from datetime import timedelta
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from temporalio import workflow
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import (
@@ -23,9 +23,18 @@ from temporalio.exceptions import (
 
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies, signals
-    from app.errors import IllegalTransition, OrderRejected, PaymentConflict, PaymentDeclined, TooLate
+    from app.errors import (
+        IllegalTransition,
+        InvalidRequest,
+        OrderRejected,
+        PaymentConflict,
+        PaymentDeclined,
+        ReviewOutdated,
+        TooLate,
+    )
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
+    from app.order.bodies import ReviewBody
     from app.order.models import (
         AddressChange,
         CloseOrder,
@@ -35,7 +44,9 @@ with workflow.unsafe.imports_passed_through():
         OrderInput,
         OrderResult,
         OrderStatus,
+        ReopenReview,
         Review,
+        ReviewDecision,
         SignalPayload,
         Verdict,
     )
@@ -49,6 +60,7 @@ with workflow.unsafe.imports_passed_through():
         ShippingInput,
         ShippingOutcome,
         ShippingResult,
+        SignalledAddress,
         shipping_workflow_id,
     )
     from app.shipping.workflows import ShippingWorkflow
@@ -98,6 +110,13 @@ class OrderWorkflow:
         self._address_turn = asyncio.Lock()
         self._address_signals = 0
         self._notes = 0
+        #: The address as it is written down, and how many changes of it are on their way there.
+        self._address = order.request.address
+        self._changing = 0
+        #: Digest of what was approved, or rejected.
+        self._reviewed = ""
+        self._reopened = False
+        self._address_final = False
 
     @workflow.run
     async def run(self, order: OrderInput) -> OrderResult:  # noqa: ARG002 - `__init__` has it
@@ -112,7 +131,14 @@ class OrderWorkflow:
         return story.result()
 
     async def _live(self) -> OrderResult:
-        for step in (self._receive, self._validate, self._await_review, self._charge, self._ship):
+        for step in (
+            self._receive,
+            self._validate,
+            self._await_review,
+            self._charge,
+            self._confirm_address,
+            self._ship,
+        ):
             try:
                 await step()
             except FailureError as error:
@@ -170,7 +196,8 @@ class OrderWorkflow:
                 ChargeRequest(
                     order_id=self._order.order_id,
                     payment_id=request.payment_id,
-                    money=request.total,
+                    money=self._order.total,
+                    approved=self._reviewed,
                     approval_note=self._review.note if self._review else "",
                 ),
                 **policies.PAYMENT,
@@ -181,6 +208,26 @@ class OrderWorkflow:
         self._step = Step.CHARGED
         if self._cancel and not self._may_be_under_way():
             await self._refund(Step.CANCELLED, "cancelled during the charge")
+
+    async def _confirm_address(self) -> None:
+        """With `review`: while the address is another than was approved, ask for a review of it. Afterwards it stays
+        as it is."""
+        if self._order.address_after_review != "review":
+            return
+        while not self._step.final:
+            await workflow.wait_condition(lambda: self._changing == 0 or self._cancel)
+            if self._cancel and self._may_be_under_way():
+                return  # `_ship` calls it off
+            if self._cancel:
+                await self._refund(Step.CANCELLED, "cancelled before the parcel was made ready")
+            elif self._changing:
+                continue  # one more has arrived since the condition held
+            elif self._digest() != self._reviewed:
+                await self._review_again()
+            else:
+                # Without an `await` since it was compared.
+                self._address_final = True
+                return
 
     async def _ship(self) -> None:
         # In turn behind every address that was sent before, so that none of them comes too late for the handover.
@@ -205,6 +252,48 @@ class OrderWorkflow:
             await self._enter_shipped()
 
     # --- parts of the steps
+
+    async def _review_again(self) -> None:
+        """The order keeps its step; without an approval it is refunded. A cancellation is the caller's to see."""
+        order, self._review, self._reopened = self._order, None, True
+        await workflow.execute_activity_method(
+            OrderActivities.reopen_review,
+            ReopenReview(
+                order_id=order.order_id, review_timeout_seconds=order.review_timeout_seconds, digest=self._digest()
+            ),
+            **policies.DATABASE,
+        )
+        try:
+            await workflow.wait_condition(
+                lambda: self._cancel or self._review is not None,
+                timeout=timedelta(seconds=order.review_timeout_seconds),
+                timeout_summary="review of the new address",
+            )
+        except TimeoutError:
+            pass  # as in `_await_review`
+        self._reopened = False
+        if not self._cancel:
+            await self._settle_review(self._review)
+
+    async def _settle_review(self, review: Review | None) -> None:
+        if review is None:
+            await self._call_off("nobody reviewed the new address in time")
+            return
+        await workflow.execute_activity_method(
+            OrderActivities.settle_review,
+            ReviewDecision(
+                order_id=self._order.order_id, decision=review.decision, note=review.note, digest=self._reviewed
+            ),
+            **policies.DATABASE,
+        )
+        if review.decision is Verdict.REJECT:
+            await self._call_off("the review rejected the new address")
+
+    async def _call_off(self, reason: str) -> None:
+        if self._may_be_under_way():
+            self._cancel = True  # only the shipment of the earlier run knows where the parcel is
+        else:
+            await self._refund(Step.CANCELLED, reason)
 
     async def _close(self, step: Step, reason: str, note: str = "") -> None:
         # First the fact, so that a decision arriving while the row is written is told that it is too late.
@@ -276,7 +365,7 @@ class OrderWorkflow:
                 ShippingInput(
                     order_id=order.order_id,
                     payment_id=order.request.payment_id,
-                    money=order.request.total,
+                    money=order.total,
                     address=order.request.address,
                     dispatch_attempts=order.dispatch_attempts,
                     order_task_queue=order.order_task_queue,
@@ -334,7 +423,7 @@ class OrderWorkflow:
         request = RefundRequest(
             order_id=self._order.order_id,
             payment_id=self._order.request.payment_id,
-            money=self._order.request.total,
+            money=self._order.total,
             close_as=close_as,
             reason=reason,
         )
@@ -366,7 +455,7 @@ class OrderWorkflow:
         if too_late:
             await self._note("approve_ignored", too_late)
         else:
-            self._review = Review(decision=Verdict.APPROVE)
+            self._decide(Review(decision=Verdict.APPROVE))
 
     @workflow.signal
     async def cancel(self, *_: Any) -> None:
@@ -383,11 +472,14 @@ class OrderWorkflow:
         """Change the address until `dispatch` starts."""
         self._address_signals += 1
         try:
-            address = Address.model_validate(payload[0] if len(payload) == 1 else None)
+            address = SignalledAddress.model_validate(payload[0] if len(payload) == 1 else None).address
         except ValidationError as error:
             ignored = f"not valid: {_fields_at_fault(error)}"
         else:
             ignored = "too many changes" if self._address_signals > MAX_ADDRESS_SIGNALS else ""
+            ignored = ignored or self._why_no_address() or ""
+            if address.model_extra and not workflow.patched("address-with-unknown-fields"):
+                ignored = "not valid: not an address"
         if ignored:
             signals.count("address", "ignored")
             await self._note("address_ignored", ignored)
@@ -413,12 +505,14 @@ class OrderWorkflow:
     @workflow.update
     async def review(self, review: Review) -> Decided:
         """Decide the review."""
-        self._review = review
+        self._decide(review)
         return self._decided()
 
     @review.validator
-    def _validate_review(self, review: Review) -> None:  # noqa: ARG002 - a validator has the update's signature
+    def _validate_review(self, review: Review) -> None:
+        _refuse_unless_valid(ReviewBody, review)
         self._refuse_if(self._why_no_review())
+        self._refuse_if_outdated(review.digest)
 
     @workflow.update
     async def cancel_order(self, _: SignalPayload) -> Decided:
@@ -444,9 +538,11 @@ class OrderWorkflow:
         return self._decided()
 
     @change_address.validator
-    def _validate_address(self, address: Address) -> None:  # noqa: ARG002 - as above
+    def _validate_address(self, address: Address) -> None:
+        _refuse_unless_valid(SignalledAddress, address)
         if self._step.final:
             self._refuse_if(f"the order is {self._step}")
+        self._refuse_if(self._why_no_address())
 
     @workflow.query
     def status(self) -> OrderStatus:
@@ -458,7 +554,7 @@ class OrderWorkflow:
 
     def _why_no_review(self) -> str | None:
         """Why a decision no longer counts; None when it does."""
-        if self._step not in {Step.RECEIVED, Step.AWAITING_REVIEW}:
+        if self._step not in {Step.RECEIVED, Step.AWAITING_REVIEW} and not self._reopened:
             return f"the order is {self._step}"
         if self._cancel:
             return "the order is being cancelled"
@@ -469,6 +565,30 @@ class OrderWorkflow:
     def _why_no_cancel(self) -> str | None:
         return f"the order is {self._step}" if self._step.final else None
 
+    def _why_no_address(self) -> str | None:
+        """Why the review forbids another address; None when it does not."""
+        if self._review is None or self._review.decision is not Verdict.APPROVE:
+            return None
+        match self._order.address_after_review:
+            case "allow":
+                return None
+            case "review":
+                return "the parcel is being made ready" if self._address_final else None
+            case _:
+                return "it was approved for the address that it has"
+
+    def _decide(self, review: Review) -> None:
+        self._review, self._reviewed = review, self._digest()
+
+    def _digest(self) -> str:
+        """Of what there is to approve."""
+        return self._order.digest(self._address)
+
+    def _refuse_if_outdated(self, digest: str | None) -> None:
+        if digest is not None and (self._changing or digest != self._digest()):
+            reason = "the address is being changed" if self._changing else "it is not what was looked at any more"
+            raise ApplicationError(reason, type=ReviewOutdated.__name__, non_retryable=True)
+
     def _refuse_if(self, reason: str | None) -> None:
         if reason:
             raise ApplicationError(reason, type=TooLate.__name__, non_retryable=True)
@@ -478,16 +598,25 @@ class OrderWorkflow:
 
     async def _change_address(self, address: Address) -> bool:
         """Whether it was taken. One at a time, so that the last one in history is the one that stays."""
-        async with self._address_turn:
-            await workflow.wait_condition(lambda: self._written_down)
-            decision = await workflow.execute_activity_method(
-                OrderActivities.change_address,
-                AddressChange(order_id=self._order.order_id, address=address),
-                **policies.DATABASE,
-            )
-            if decision.accepted:
-                await self._tell_shipment("address", address)
-            return decision.accepted
+        self._changing += 1
+        try:
+            async with self._address_turn:
+                await workflow.wait_condition(lambda: self._written_down)
+                return await self._write_address(address)
+        finally:
+            self._changing -= 1
+
+    async def _write_address(self, address: Address) -> bool:
+        order_id, digest = self._order.order_id, self._order.digest(address)
+        decision = await workflow.execute_activity_method(
+            OrderActivities.change_address,
+            AddressChange(order_id=order_id, address=address, digest=digest),
+            **policies.DATABASE,
+        )
+        if decision.accepted:
+            self._address = address
+            await self._tell_shipment("address", address)
+        return decision.accepted
 
     async def _note(self, event: str, reason: str) -> None:
         self._notes += 1
@@ -513,7 +642,16 @@ def _gave_up(error: ChildWorkflowError) -> bool:
     return isinstance(error.cause, ApplicationError) and error.cause.type == DispatchFailed.__name__
 
 
-def _fields_at_fault(error: ValidationError) -> str:
-    """Their names if they are an address's; nothing else of what was sent, which may be personal, or very long."""
+def _refuse_unless_valid(rules: type[BaseModel], sent: BaseModel) -> None:
+    """For validators alone, which are not replayed. The API has looked at it already; another client has not."""
+    try:
+        rules.model_validate(sent.model_dump())
+    except ValidationError as error:
+        reason = f"not valid: {_fields_at_fault(error, rules)}"
+        raise ApplicationError(reason, type=InvalidRequest.__name__, non_retryable=True) from None
+
+
+def _fields_at_fault(error: ValidationError, rules: type[BaseModel] = SignalledAddress) -> str:
+    """Their names if they are the model's; nothing else of what was sent, which may be personal, or very long."""
     names = {str(problem["loc"][0]) for problem in error.errors(include_input=False) if problem["loc"]}
-    return ", ".join(sorted(names & Address.model_fields.keys())) or "not an address"
+    return ", ".join(sorted(names & rules.model_fields.keys())) or "not an address"

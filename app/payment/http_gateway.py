@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from app.errors import PaymentConflict, PaymentDeclined, PaymentMismatch, PaymentUnavailable
-from app.money import Money
+from app.money import Money, exact_amount
 from app.payment.gateway import PaymentGateway, Receipt, refund_key
 
 if TYPE_CHECKING:
@@ -96,13 +96,21 @@ class _ErrorBody(BaseModel):
 def _receipt(response: httpx.Response, asked: Money | None = None) -> Receipt:
     try:
         movement = _Movement.model_validate_json(response.content)
-        money = Money.model_validate({"amount": movement.amount, "currency": movement.currency})
-    except ValidationError:
+        money = _money(movement, asked)
+    except ValueError:
         # Not chained: a validation error quotes what it read.
         raise PaymentUnavailable(f"{response.status_code} with an unreadable body") from None
     if asked is not None and money != asked:
         raise PaymentMismatch(f"asked for {asked}, the provider answered {money}")
     return Receipt(reference=movement.id, money=money)
+
+
+def _money(movement: _Movement, asked: Money | None) -> Money:
+    money = Money.model_validate({"amount": movement.amount, "currency": movement.currency})
+    # What was asked for is understood, whatever has become of the rules for amounts since then.
+    if money != asked:
+        exact_amount(money.amount, money.currency)
+    return money
 
 
 def _charge_error(response: httpx.Response) -> TrellisError:

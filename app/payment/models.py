@@ -25,6 +25,7 @@ class ChargeRequest(BaseModel):
     order_id: str
     payment_id: str
     money: Money
+    approved: str = Field("", description="Digest of what was approved, kept with the event `charging`.")
     approval_note: str = Field("", description="What the clerk wrote, kept with the event `charging`.")
 
 

@@ -79,7 +79,8 @@ class PaymentRepository:
             PaymentDeclined: the charge was declined in an earlier attempt; likewise.
         """
         note = {"note": request.approval_note} if request.approval_note else {}
-        payload = {"payment_id": request.payment_id, **note}
+        approved = {"digest": request.approved} if request.approved else {}
+        payload = {"payment_id": request.payment_id, **approved, **note}
         money = request.money
         move = await events.try_to_enter(
             self._pool,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.money import Money
 from app.text import Line
 
 SHIPPING_TASK_QUEUE: Final = "shipping-tq"
+
+#: Fields of an address in a signal that this release does not know.
+MAX_UNKNOWN_FIELDS: Final = 10
 
 
 def shipping_workflow_id(order_id: str) -> str:
@@ -19,18 +23,55 @@ def shipping_workflow_id(order_id: str) -> str:
 
 
 class Address(BaseModel):
-    """Where the parcel goes. Personal data: never in a log, a metric, a span or a workflow id."""
+    """Where the parcel goes, as it is kept. Personal data: never in a log, a metric, a span or a workflow id.
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        json_schema_extra={"examples": [{"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}]},
-    )
+    Without rules, and with what a newer release has added to it: histories and rows are read again for as long as they
+    last (docs/decisions/0054-strict-at-the-edge.md).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    line1: str
+    city: str
+    state: str
+    zip: str
+
+
+class SignalledAddress(Address):
+    """An address as a workflow takes it from a signal, which any client of Temporal may send.
+
+    Its rules decide what the workflow does next, so they are part of the recorded histories: they stay as they are,
+    also where those of `AddressBody` become stricter. `tests/test_payloads.py` holds them. Unknown fields are a newer
+    release's, as long as PostgreSQL can store them.
+    """
+
+    __pydantic_extra__: dict[str, Annotated[Line, Field(max_length=200)] | None] = Field(init=False)
 
     line1: Annotated[Line, Field(max_length=200)]
     city: Annotated[Line, Field(max_length=100)]
     state: Annotated[Line, Field(max_length=64)]
     zip: Annotated[Line, Field(max_length=16)]
+
+    @model_validator(mode="after")
+    def _few_fields_more(self) -> Self:
+        more = self.model_extra or {}
+        if len(more) > MAX_UNKNOWN_FIELDS or not all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in more):
+            raise ValueError("not an address")
+        return self
+
+    @property
+    def address(self) -> Address:
+        """The same as it travels from here on."""
+        return Address.model_validate(self.model_dump())
+
+
+class AddressBody(SignalledAddress):
+    """An address as a caller of the API sends it. Rules may become stricter here."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}]},
+    )
 
 
 class ShippingInput(BaseModel):

@@ -115,6 +115,7 @@ class Stack:
             "TRELLIS_TEMPORAL_ADDRESS": self.temporal.address if direct else f"127.0.0.1:{temporal}",
             "TRELLIS_PAYMENT_URL": f"http://127.0.0.1:{partners}/payments",
             "TRELLIS_CARRIER_URL": f"http://127.0.0.1:{partners}/carrier",
+            "TRELLIS_DEMO_PRICE": "50.00",
             "TRELLIS_SANDBOX_DATABASE_URL": self.postgres.url("ledger"),
             "TRELLIS_GRACEFUL_SHUTDOWN_TIMEOUT": str(GRACE),
             "TRELLIS_DATABASE_POOL_SIZE": "8",
