@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 #: The migration this code needs. Revisions are ordered as text, so a newer schema serves an older release.
-SCHEMA_VERSION: Final = "0006"
+SCHEMA_VERSION: Final = "0007"
 
 #: What may be better in a moment, for an `except`: what `Pool` and `connect` raise, and what a driver alone does.
 UNAVAILABLE: Final = (
