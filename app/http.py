@@ -145,7 +145,10 @@ def problem(status: int, title: str, detail: str | None = None, *, code: str, **
 
 async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, TrellisError)  # noqa: S101 - it is registered for nothing else
-    return problem(error.status, error.title, error.detail or None, code=type(error).__name__)
+    answer = problem(error.status, error.title, error.detail or None, code=type(error).__name__)
+    if error.retry_after is not None:
+        answer.headers["Retry-After"] = str(error.retry_after)
+    return answer
 
 
 async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:
