@@ -20,6 +20,8 @@ class TrellisError(Exception):
 
     retryable: ClassVar[bool] = False
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    #: Seconds after which the same call may be worth repeating; None: `problems.RETRY_AFTER` for 503, else not said.
+    retry_after: int | None = None
 
     def __init__(self, detail: str = "") -> None:
         self.title = (type(self).__doc__ or "").splitlines()[0].rstrip(".")
@@ -58,6 +60,24 @@ class ReviewOutdated(TrellisError):
     """What was reviewed has changed"""
 
     status = HTTPStatus.CONFLICT
+
+
+class AlreadyDecided(TrellisError):
+    """The order was decided in this way before"""
+
+    # What a workflow answers to a repeat that Temporal does not know as one; the API makes the first answer of it.
+    status = HTTPStatus.CONFLICT
+
+
+class TooManyChanges(TrellisError):
+    """The order has had too many changes of this kind"""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    retry_after = 3600
+
+    def __init__(self, detail: str = "", retry_after: int | None = None) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after or self.retry_after
 
 
 class InvalidRequest(TrellisError):
@@ -139,6 +159,15 @@ class WrongNamespace(TrellisError):
     """This database belongs to another Temporal namespace"""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class OrderLost(TrellisError):
+    """The order's workflow was lost; a repair is under way"""
+
+    # Terminated by force, say. `trellis reconcile` settles it, which takes a few minutes.
+    retryable = True
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    retry_after = 60
 
 
 # --- what must not happen ----------------------------------------------------------------------------------

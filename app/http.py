@@ -225,7 +225,10 @@ async def _trellis_problem(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, TrellisError)  # noqa: S101 - it is registered for nothing else
     if isinstance(error, InvalidRequest) and error.field:
         return _invalid(Fault(field=error.field, rule=error.detail))
-    return problem(error.status, error.title, error.detail or None, code=type(error).__name__)
+    answer = problem(error.status, error.title, error.detail or None, code=type(error).__name__)
+    if error.retry_after is not None:
+        answer.headers["Retry-After"] = str(error.retry_after)
+    return answer
 
 
 async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:

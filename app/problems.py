@@ -89,7 +89,10 @@ _MEANINGS: Final[dict[int, str]] = {
     409: "It conflicts with what the order is, and `detail` says how. Nothing was changed.",
     413: "The body is over 64 KiB.",
     422: "A field is not valid, and `errors` says which and why. Nothing was changed.",
-    503: "PostgreSQL or Temporal did not answer. Repeat the same call after `Retry-After` seconds.",
+    429: "The order has had too many changes of this kind. Nothing was changed. `Retry-After` says in how many seconds "
+    "there is room again.",
+    503: "PostgreSQL, Temporal or a worker did not answer, or the order's workflow was lost and a repair is under way. "
+    "Repeat the same call after `Retry-After` seconds.",
 }
 
 

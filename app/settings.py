@@ -138,6 +138,12 @@ class Settings(BaseSettings):
         "browsers and `trellis order watch` do by themselves.",
     )
 
+    changes_per_order: PositiveInt = Field(
+        100,
+        description="Signals of each kind (approve, cancel, address) that a process passes on to one order at once; "
+        "more get 429, and there is room for as many again within an hour.",
+    )
+
     # Workers
     order_task_queue: str = Field("default", description="Task queue of `OrderWorkflow` and payments.")
     shipping_task_queue: str = Field("shipping-tq", description="Task queue of `ShippingWorkflow`.")

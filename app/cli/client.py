@@ -178,7 +178,7 @@ def _problem(status: int, problem: dict[str, Any]) -> str:
 def _exit_code(status: int) -> ExitCode:
     if status in {404, 409}:
         return ExitCode.REFUSED
-    return ExitCode.UNAVAILABLE if status >= 500 else ExitCode.USAGE
+    return ExitCode.UNAVAILABLE if status == 429 or status >= 500 else ExitCode.USAGE
 
 
 # --- server-sent events

@@ -337,7 +337,13 @@ def _decided(decided: dict[str, Any], what: str, as_json: bool) -> None:
     if as_json:
         output.as_json(decided)
     else:
-        output.line(f"{decided['order_id']}: the {what} counts; the order is {decided['step']}")
+        output.line(f"{decided['order_id']}: the {what} counts; the order is {decided['step']}{_still(what, decided)}")
+
+
+def _still(what: str, decided: dict[str, Any]) -> str:
+    if what != "cancellation" or Step(decided["step"]).final:
+        return ""
+    return ", and is cancelled as soon as it is known whether it was charged"
 
 
 def _signalled(accepted: dict[str, Any], as_json: bool) -> None:

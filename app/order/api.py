@@ -61,6 +61,15 @@ Orders = Annotated[OrderParts, Depends(_parts)]
 Id = Annotated[OrderId, Path(alias="id", description="1 to 64 of `A-Z a-z 0-9 . _ -`.", examples=["o-1"])]
 After = Annotated[str | None, Query(description="`next` of the page before.")]
 Customer = Annotated[ShortId | None, Query(description="Only orders of this customer.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=200,
+        description="The same for repeats of the same call, another for another change. Without it a repeat is "
+        "attached to the first call until an address has been written.",
+    ),
+]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
 
 
@@ -88,7 +97,7 @@ async def start(order_id: Id, body: StartOrderBody, orders: Orders) -> StartAcce
     status_code=202,
     tags=["signals"],
     summary="Approve",
-    responses=problems(404, 409, 413),
+    responses=problems(404, 409, 413, 429),
 )
 async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
     """Approve the order. It counts when it reaches the workflow before the review window has been closed; an event
@@ -102,7 +111,7 @@ async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> 
     status_code=202,
     tags=["signals"],
     summary="Cancel",
-    responses=problems(404, 409, 413),
+    responses=problems(404, 409, 413, 429),
 )
 async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
     """Cancel the order. What was charged is refunded, unless the carrier has the parcel; then an event says so."""
@@ -115,7 +124,7 @@ async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> A
     status_code=202,
     tags=["signals"],
     summary="Change the address",
-    responses=problems(404, 409, 413),
+    responses=problems(404, 409, 413, 429),
 )
 async def signal_address(order_id: Id, body: AddressBody, orders: Orders) -> Accepted:
     """Change the address, until the parcel is handed over."""
@@ -134,13 +143,14 @@ async def status(order_id: Id, orders: Orders) -> OrderStatus:
 
 @router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409, 413))
 async def review(order_id: Id, body: ReviewBody, orders: Orders) -> Decided:
-    """Approve or reject. 200 means that this decision is the one that counts."""
+    """Approve or reject. 200 means that this decision is the one that counts; the same again gets the same answer."""
     return await orders.service.review(order_id, body.review)
 
 
-@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409, 413))
+@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409, 413, 429))
 async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Decided:
-    """Cancel. 200 means that nothing will stay charged; 409 that it is too late."""
+    """Cancel. 200 means that nothing will stay charged; 409 that it is too late. The same again gets the same
+    answer."""
     return await orders.service.cancel_now(order_id)
 
 
@@ -148,11 +158,13 @@ async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) 
     "/orders/{id}/address",
     tags=["orders"],
     summary="Change the address, answered",
-    responses=problems(404, 409, 413),
+    responses=problems(404, 409, 413, 429),
 )
-async def change_address(order_id: Id, body: AddressBody, orders: Orders) -> Decided:
+async def change_address(
+    order_id: Id, body: AddressBody, orders: Orders, idempotency_key: IdempotencyKey = None
+) -> Decided:
     """Change the address. 200 means that the parcel will go there."""
-    return await orders.service.change_address(order_id, body.address)
+    return await orders.service.change_address(order_id, body.address, idempotency_key)
 
 
 # --- reads

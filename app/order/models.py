@@ -180,6 +180,11 @@ class Verdict(StrEnum):
     APPROVE = "approve"
     REJECT = "reject"
 
+    @property
+    def leads_to(self) -> Step:
+        """The step that the order enters because of it."""
+        return Step.CHARGING if self is Verdict.APPROVE else Step.REJECTED
+
 
 class Review(BaseModel):
     """Argument of the update `review`; `ReviewBody` is what a caller sends."""
@@ -276,10 +281,14 @@ class Accepted(BaseModel):
 
 
 class Decided(BaseModel):
-    """Answer to an update: it counted, and this is where the order is."""
+    """Answer to an update: it counted, and this is what it led to. The same call again gets the same answer."""
 
     order_id: str = Field(examples=["o-1"])
-    step: Step
+    step: Step = Field(
+        description="What it led to: `charging` for an approval, `rejected`, `cancelled`. A cancellation during the "
+        "charge answers `charging`: what was charged is refunded as soon as that is known. For an address, the step "
+        "the order was at."
+    )
 
 
 #: Types of events besides the steps, each with what its payload holds. A client leaves out types that it does not know.

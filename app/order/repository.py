@@ -101,6 +101,8 @@ _FIND_START = """
 SELECT id, request_hash, run_id FROM orders WHERE id = $1 OR payment_id = $2 ORDER BY id <> $1 LIMIT 1
 """
 
+_ADDRESS_CHANGES = "SELECT count(*) FROM events WHERE order_id = $1 AND type = 'address_changed'"
+
 _STATUS = "SELECT state, last_error FROM orders WHERE id = $1"
 
 _VIEW = """
@@ -280,6 +282,11 @@ class OrderRepository:
         if row is None:
             return None
         return OrderStatus(order_id=order_id, step=row["state"], last_error=row["last_error"])
+
+    async def address_changes(self, order_id: str) -> int:
+        """How often the address was changed so far."""
+        changes: int = await self._pool.fetchval(_ADDRESS_CHANGES, order_id)
+        return changes
 
     async def view(self, order_id: str) -> OrderView | None:
         """All of an order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable
 from datetime import timedelta
 from decimal import Decimal
@@ -14,19 +15,23 @@ from temporalio.client import (
 )
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 
-from app import metrics
+from app import db, metrics
 from app.errors import (
+    AlreadyDecided,
     InvalidRequest,
     OrderConflict,
+    OrderLost,
     OrderNotFound,
     PaymentConflict,
     ReviewOutdated,
     ServiceUnavailable,
     TooLate,
+    TooManyChanges,
 )
 from app.money import quantize
+from app.order.budget import ROOM, Change, ChangeBudget
 from app.order.models import (
     Decided,
     OrderInput,
@@ -35,6 +40,7 @@ from app.order.models import (
     SignalPayload,
     StartAccepted,
     StartOrder,
+    Verdict,
     order_workflow_id,
 )
 from app.order.workflows import OrderWorkflow
@@ -42,6 +48,7 @@ from app.steps import Step
 from app.temporal import is_not_found
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from temporalio.client import Client
 
     from app.order.repository import OrderRepository
@@ -52,6 +59,23 @@ Answer = TypeVar("Answer")
 
 #: Memo of the workflow: tells a repeated start from a conflicting one before `receive` has written the order down.
 _REQUEST_MEMO = "request"
+
+#: Signals of one kind to one order that pass without a look at its history, whose length they can hardly change.
+_FEW = 10
+
+#: Ends of orders that were approved.
+_APPROVED = frozenset({Step.SHIPPED, Step.PAYMENT_FAILED, Step.SHIPPING_FAILED})
+
+
+class _Ended(Exception):
+    """Temporal takes nothing more for the order: it has ended, as its row says."""
+
+    def __init__(self, status: OrderStatus) -> None:
+        super().__init__(status.order_id)
+        self.status = status
+
+    def too_late(self) -> TooLate:
+        return TooLate(f"{self.status.order_id} is {self.status.step}")
 
 
 class OrderService:
@@ -66,6 +90,7 @@ class OrderService:
         self._orders = orders
         self._temporal = temporal
         self._timeout = timedelta(seconds=settings.temporal_rpc_timeout)
+        self._budget = ChangeBudget(settings.changes_per_order)
 
     # --- start
 
@@ -152,71 +177,130 @@ class OrderService:
         Raises:
             OrderNotFound: nobody knows the order.
             TooLate: the order is closed.
+            TooManyChanges: it was signalled so often that its history might fill up.
+            OrderLost: the order is open, and its workflow is gone.
         """
-        await self._signal(
-            order_id,
-            "approve",
-            self._handle(order_id).signal(OrderWorkflow.approve, SignalPayload(), rpc_timeout=self._timeout),
-        )
+        await self._signal(order_id, "approve", OrderWorkflow.approve, SignalPayload())
 
     async def cancel(self, order_id: str) -> None:
         """Signal a cancellation. Raises as `approve`."""
-        await self._signal(
-            order_id,
-            "cancel",
-            self._handle(order_id).signal(OrderWorkflow.cancel, SignalPayload(), rpc_timeout=self._timeout),
-        )
+        await self._signal(order_id, "cancel", OrderWorkflow.cancel, SignalPayload())
 
     async def signal_address(self, order_id: str, address: Address) -> None:
         """Signal a new address. Raises as `approve`."""
-        await self._signal(
-            order_id,
-            "address",
-            self._handle(order_id).signal(OrderWorkflow.address, address, rpc_timeout=self._timeout),
-        )
+        await self._signal(order_id, "address", OrderWorkflow.address, address)
 
-    async def _signal(self, order_id: str, name: str, call: Awaitable[None]) -> None:
+    async def _signal(self, order_id: str, change: Change, signal: Any, argument: BaseModel) -> None:
         try:
-            await self._if_open(order_id, call)
-        except TooLate:
+            await self._make_sure_it_fits(order_id, change)
+            await self._if_open(order_id, self._handle(order_id).signal(signal, argument, rpc_timeout=self._timeout))
+        except _Ended as ended:
             # The workflow counts what reaches it; this one did not.
-            metrics.signalled(name, "refused")
+            metrics.signalled(change, "refused")
+            raise ended.too_late() from ended
+        except TooManyChanges:
+            metrics.signalled(change, "refused")
+            raise
+        except Exception:
+            self._budget.give_back(order_id, change)
             raise
 
+    async def _make_sure_it_fits(self, order_id: str, change: Change) -> None:
+        """The first signal of its kind passes at once; a repeat only while it can matter; many, only while there is
+        room. Workers that are down see none of them, but the history has them all."""
+        spent = self._budget.spend(order_id, change)
+        if spent.count <= 1:
+            return
+        await self._refuse_if_ended(order_id)
+        if spent.wait:
+            raise TooManyChanges(f"{order_id}: {change}", retry_after=spent.wait)
+        if spent.count > _FEW:
+            description = await self._if_open(order_id, self._handle(order_id).describe(rpc_timeout=self._timeout))
+            if description.history_length >= ROOM[change]:
+                raise TooManyChanges(f"{order_id}: {change}")
+
+    async def _refuse_if_ended(self, order_id: str) -> None:
+        try:
+            status = await self._orders.status(order_id)
+        except db.UNAVAILABLE:
+            return  # Temporal knows, too, and a decision needs no table to be kept
+        if status is not None and status.step.final:
+            raise _Ended(status)
+
     # --- updates: answered by the workflow
+    #
+    # The same call has the same update id, so that its repeat is attached to it: while it waits for a worker, and for
+    # as long as Temporal remembers the order. The id also says how often the address was changed so far, because
+    # after another change the same call is a new one.
 
     async def review(self, order_id: str, review: Review) -> Decided:
-        """Decide the review.
+        """Decide the review. The same decision again gets the same answer.
 
         Raises:
             TooLate: it can no longer be decided; with the reason.
             ReviewOutdated: the order is no longer what its digest says.
             OrderNotFound: nobody knows the order.
+            OrderLost: the order is open, and its workflow is gone.
             ServiceUnavailable: no worker answered in time.
         """
-        return await self._update(order_id, OrderWorkflow.review, review)
+        update_id = f"review-{_digest(review)}-{await self._orders.address_changes(order_id)}"
+        decided = Decided(order_id=order_id, step=review.decision.leads_to)
+        try:
+            return await self._update(order_id, OrderWorkflow.review, review, update_id)
+        except AlreadyDecided:
+            return decided
+        except _Ended as ended:
+            if _was_decided(review.decision, ended.status):
+                return decided
+            raise ended.too_late() from ended
 
     async def cancel_now(self, order_id: str) -> Decided:
-        """Cancel, and learn whether it still counted. Raises as `review`."""
-        return await self._update(order_id, OrderWorkflow.cancel_order, SignalPayload())
-
-    async def change_address(self, order_id: str, address: Address) -> Decided:
-        """Change the address, and learn whether it still counted. Raises as `review`."""
-        return await self._update(order_id, OrderWorkflow.change_address, address)
-
-    async def _update(self, order_id: str, update: Any, argument: Any) -> Decided:
-        timeout = timedelta(seconds=self._settings.update_timeout)
+        """Cancel, and learn whether it still counted. The same again gets the same answer. Raises as `review`."""
+        cancelled = Decided(order_id=order_id, step=Step.CANCELLED)
         try:
-            decided: Decided = await self._if_open(
-                order_id, self._handle(order_id).execute_update(update, argument, rpc_timeout=timeout)
-            )
+            return await self._update(order_id, OrderWorkflow.cancel_order, SignalPayload(), "cancel")
+        except AlreadyDecided:
+            return cancelled
+        except _Ended as ended:
+            if ended.status.step is Step.CANCELLED:
+                return cancelled
+            raise ended.too_late() from ended
+
+    async def change_address(self, order_id: str, address: Address, key: str | None = None) -> Decided:
+        """Change the address, and learn whether it still counted. Raises as `review`, and TooManyChanges when that was
+        done so often that the order's history might fill up.
+
+        Args:
+            key: chosen by the caller, the same for a repeat of the same call. Without one, a repeat is what asks for
+                the same address before any address was written.
+        """
+        times = "" if key else await self._orders.address_changes(order_id)
+        update_id = f"address-{_digest(address, key or '')}-{times}"
+        try:
+            return await self._update(order_id, OrderWorkflow.change_address, address, update_id)
+        except _Ended as ended:
+            raise ended.too_late() from ended
+
+    async def _update(self, order_id: str, update: Any, argument: BaseModel, update_id: str) -> Decided:
+        timeout = timedelta(seconds=self._settings.update_timeout)
+        asking = self._handle(order_id).execute_update(update, argument, id=update_id, rpc_timeout=timeout)
+        try:
+            decided: Decided = await self._if_open(order_id, asking)
         except WorkflowUpdateFailedError as error:
-            raise _refusal(error, order_id) from error
+            raise await self._refusal(error, order_id) from error
         except WorkflowUpdateRPCTimeoutOrCancelledError as error:
             raise ServiceUnavailable(
-                "the order's workflow did not answer in time; ask for its status before you repeat this"
+                "the order's workflow did not answer in time; the same call again gets the answer of this one"
             ) from error
         return decided
+
+    async def _refusal(self, error: WorkflowUpdateFailedError, order_id: str) -> Exception:
+        cause = error.cause
+        for kind in (TooLate, TooManyChanges, AlreadyDecided, ReviewOutdated):
+            if isinstance(cause, ApplicationError) and cause.type == kind.__name__:
+                return kind(f"{order_id}: {cause.message}")
+        # The workflow ended while the update waited for it.
+        return await self._ended(order_id)
 
     # --- reads
 
@@ -244,11 +328,19 @@ class OrderService:
         try:
             return await call
         except RPCError as error:
+            if _is_full(error):
+                raise TooManyChanges(f"{order_id}: Temporal takes no more signals for it") from error
             if not is_not_found(error):
                 raise
-            # It is closed, or forgotten after Temporal's retention, or was never known.
-            status = await self.status(order_id)
-            raise TooLate(f"{order_id} is {status.step}") from error
+            raise await self._ended(order_id) from error
+
+    async def _ended(self, order_id: str) -> _Ended | OrderLost:
+        """What has become of an order that Temporal takes nothing for: it is closed, or forgotten after Temporal's
+        retention, or its workflow ended by force and left it open. OrderNotFound is raised if it was never known."""
+        status = await self.status(order_id)
+        if status.step.final:
+            return _Ended(status)
+        return OrderLost(f"{order_id} is {status.step}; repeat the same call in a few minutes")
 
     async def _is_known_to_temporal(self, order_id: str) -> bool:
         try:
@@ -260,10 +352,18 @@ class OrderService:
         return True
 
 
-def _refusal(error: WorkflowUpdateFailedError, order_id: str) -> Exception:
-    cause = error.cause
-    for kind in (TooLate, ReviewOutdated):
-        if isinstance(cause, ApplicationError) and cause.type == kind.__name__:
-            return kind(f"{order_id}: {cause.message}")
-    # The workflow ended while the update waited for it.
-    return TooLate(f"{order_id}: the order ended before this was answered; ask for its status")
+def _was_decided(verdict: Verdict, ended: OrderStatus) -> bool:
+    """Whether an order that ended so had been reviewed with this verdict. One that no clerk rejected says why."""
+    if verdict is Verdict.APPROVE:
+        return ended.step in _APPROVED
+    return ended.step is Step.REJECTED and ended.last_error is None
+
+
+def _is_full(error: RPCError) -> bool:
+    """Whether the run has had as many signals as its server allows (10,000, unless configured otherwise)."""
+    return error.status is RPCStatusCode.INVALID_ARGUMENT and "limit for signal" in error.message
+
+
+def _digest(argument: BaseModel, key: str = "") -> str:
+    """Equal for equal calls."""
+    return hashlib.sha256(f"{key}\n{argument.model_dump_json()}".encode()).hexdigest()[:32]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from pydantic import BaseModel, ValidationError
 from temporalio import workflow
@@ -24,6 +26,7 @@ from temporalio.exceptions import (
 with workflow.unsafe.imports_passed_through():
     from app import local_first, policies, signals
     from app.errors import (
+        AlreadyDecided,
         IllegalTransition,
         InvalidRequest,
         OrderRejected,
@@ -31,6 +34,7 @@ with workflow.unsafe.imports_passed_through():
         PaymentDeclined,
         ReviewOutdated,
         TooLate,
+        TooManyChanges,
     )
     from app.failures import failed_with, message
     from app.order.activities import OrderActivities
@@ -66,12 +70,35 @@ with workflow.unsafe.imports_passed_through():
     from app.shipping.workflows import ShippingWorkflow
     from app.steps import Step
 
-#: Signals that changed nothing are told in the timeline, but a flood of them must not fill the history.
-MAX_NOTES = 20
+# What strangers can make a history grow by, kind by kind: Temporal terminates a workflow whose history is full, and a
+# charge would stay. docs/decisions/0052-a-history-is-a-budget.md adds it all up.
 
-#: Nor must a flood of addresses: Temporal terminates a workflow whose history is full, and a charge would stay.
-#: Updates need no such limit, the server has one.
-MAX_ADDRESS_SIGNALS = 50
+#: Events of each type that report signals which changed nothing.
+MAX_NOTES: Final = 20
+#: Addresses written because of signals. Those that arrive while another waits for its turn replace it and count once.
+MAX_ADDRESS_SIGNALS: Final = 50
+#: Addresses written because of updates.
+MAX_ADDRESS_UPDATES: Final = 50
+#: Cancellations as updates that are answered. The API repeats one under the same id, which costs nothing.
+MAX_CANCEL_UPDATES: Final = 20
+
+# Orders that began before these keep to what was the rule then.
+_NOTES_PER_TYPE: Final = "notes-per-type"
+_LATEST_ADDRESS: Final = "latest-address"
+
+#: Where a decision on a new address leads to.
+_AFTER_SECOND_REVIEW: Final = {Verdict.APPROVE: Step.PREPARED, Verdict.REJECT: Step.CANCELLED}
+
+#: A cancellation at these steps is the end: nothing is charged any more.
+_NOT_CHARGED: Final = frozenset({Step.RECEIVED, Step.AWAITING_REVIEW})
+
+
+@dataclass
+class _NewAddress:
+    """An address that waits for its turn to be written."""
+
+    address: Address
+
 
 #: Orders that began before shipped although the cancellation was there before the shipment was.
 _CANCELLED_BEFORE_SHIPPING: Final = "cancelled-before-shipping"
@@ -109,7 +136,11 @@ class OrderWorkflow:
         self._shipment: workflow.ChildWorkflowHandle[ShippingWorkflow, ShippingResult] | None = None
         self._address_turn = asyncio.Lock()
         self._address_signals = 0
-        self._notes = 0
+        self._address_batches = 0
+        self._address_updates = 0
+        self._last_in_line: _NewAddress | None = None
+        self._cancel_updates = 0
+        self._notes: Counter[str] = Counter()
         #: The address as it is written down, and how many changes of it are on their way there.
         self._address = order.request.address
         self._changing = 0
@@ -474,17 +505,18 @@ class OrderWorkflow:
         try:
             address = SignalledAddress.model_validate(payload[0] if len(payload) == 1 else None).address
         except ValidationError as error:
-            ignored = f"not valid: {_fields_at_fault(error)}"
+            await self._ignore_address(f"not valid: {_fields_at_fault(error)}")
+            return
+        if forbidden := self._why_no_address() or _refused_before(address):
+            await self._ignore_address(forbidden)
+        elif self._replaces_last_in_line(address):
+            signals.count("address", "accepted")
+        elif self._too_many_addresses():
+            await self._ignore_address("too many changes")
         else:
-            ignored = "too many changes" if self._address_signals > MAX_ADDRESS_SIGNALS else ""
-            ignored = ignored or self._why_no_address() or ""
-            if address.model_extra and not workflow.patched("address-with-unknown-fields"):
-                ignored = "not valid: not an address"
-        if ignored:
-            signals.count("address", "ignored")
-            await self._note("address_ignored", ignored)
-        else:
-            accepted = await self._change_address(address)
+            self._address_batches += 1
+            self._last_in_line = change = _NewAddress(address)
+            accepted = await self._change_address(change)
             signals.count("address", "accepted" if accepted else "refused")
 
     @workflow.signal
@@ -505,12 +537,15 @@ class OrderWorkflow:
     @workflow.update
     async def review(self, review: Review) -> Decided:
         """Decide the review."""
+        leads_to = _AFTER_SECOND_REVIEW[review.decision] if self._reopened else review.decision.leads_to
         self._decide(review)
-        return self._decided()
+        return self._decided(leads_to)
 
     @review.validator
     def _validate_review(self, review: Review) -> None:
         _refuse_unless_valid(ReviewBody, review)
+        if self._stands(review):
+            _refuse(AlreadyDecided, review.decision.leads_to)
         self._refuse_if(self._why_no_review())
         self._refuse_if_outdated(review.digest)
 
@@ -519,23 +554,29 @@ class OrderWorkflow:
         """Cancel the order. Answers as soon as it is certain that nothing will stay charged; while the parcel is
         being handed over, that is for the carrier to say."""
         self._cancel = True
+        self._cancel_updates += 1
         if self._step in {Step.CHARGED, Step.PREPARED}:
             await workflow.wait_condition(lambda: self._step.final)
-        decided = self._decided()
-        if decided.step is Step.SHIPPED:
+        if self._step is Step.SHIPPED:
             self._refuse_if("the carrier has the parcel")
-        return decided
+        return self._decided(Step.CANCELLED if self._step in _NOT_CHARGED else self._step)
 
     @cancel_order.validator
     def _validate_cancel(self, _: SignalPayload) -> None:
+        if self._step is Step.CANCELLED:
+            _refuse(AlreadyDecided, Step.CANCELLED)
         self._refuse_if(self._why_no_cancel())
+        if self._cancel_updates >= MAX_CANCEL_UPDATES:
+            _refuse(TooManyChanges, "the order is being cancelled already")
 
     @workflow.update
     async def change_address(self, address: Address) -> Decided:
         """Change the address until `dispatch` starts."""
-        if not await self._change_address(address):
+        self._address_updates += 1
+        self._last_in_line = None  # what is signalled from now on comes after this one
+        if not await self._change_address(_NewAddress(address)):
             self._refuse_if("the parcel is being handed over")
-        return self._decided()
+        return self._decided(self._step)
 
     @change_address.validator
     def _validate_address(self, address: Address) -> None:
@@ -543,6 +584,8 @@ class OrderWorkflow:
         if self._step.final:
             self._refuse_if(f"the order is {self._step}")
         self._refuse_if(self._why_no_address())
+        if self._address_updates >= MAX_ADDRESS_UPDATES:
+            _refuse(TooManyChanges, "its address was changed too often")
 
     @workflow.query
     def status(self) -> OrderStatus:
@@ -561,6 +604,12 @@ class OrderWorkflow:
         if self._review is not None:
             return f"the review said {self._review.decision}"
         return None
+
+    def _stands(self, review: Review) -> bool:
+        """Whether the review was decided in this way, and nothing has overtaken it."""
+        if self._review is None or self._cancel or self._review.decision is not review.decision:
+            return False
+        return self._step is not Step.REJECTED or review.decision is Verdict.REJECT
 
     def _why_no_cancel(self) -> str | None:
         return f"the order is {self._step}" if self._step.final else None
@@ -591,18 +640,37 @@ class OrderWorkflow:
 
     def _refuse_if(self, reason: str | None) -> None:
         if reason:
-            raise ApplicationError(reason, type=TooLate.__name__, non_retryable=True)
+            _refuse(TooLate, reason)
 
-    def _decided(self) -> Decided:
-        return Decided(order_id=self._order.order_id, step=self._step)
+    def _decided(self, step: Step) -> Decided:
+        return Decided(order_id=self._order.order_id, step=step)
 
-    async def _change_address(self, address: Address) -> bool:
+    def _replaces_last_in_line(self, address: Address) -> bool:
+        """A thousand addresses that were signalled while nobody worked are one change: to the latest of them."""
+        waiting = self._last_in_line
+        if waiting is None or not workflow.patched(_LATEST_ADDRESS):
+            return False
+        waiting.address = address
+        return True
+
+    def _too_many_addresses(self) -> bool:
+        if self._address_signals <= MAX_ADDRESS_SIGNALS:
+            return False
+        return self._address_batches >= MAX_ADDRESS_SIGNALS or not workflow.patched(_LATEST_ADDRESS)
+
+    async def _ignore_address(self, reason: str) -> None:
+        signals.count("address", "ignored")
+        await self._note("address_ignored", reason)
+
+    async def _change_address(self, change: _NewAddress) -> bool:
         """Whether it was taken. One at a time, so that the last one in history is the one that stays."""
         self._changing += 1
         try:
             async with self._address_turn:
                 await workflow.wait_condition(lambda: self._written_down)
-                return await self._write_address(address)
+                if self._last_in_line is change:
+                    self._last_in_line = None
+                return await self._write_address(change.address)
         finally:
             self._changing -= 1
 
@@ -619,9 +687,7 @@ class OrderWorkflow:
         return decision.accepted
 
     async def _note(self, event: str, reason: str) -> None:
-        self._notes += 1
-        if self._notes > MAX_NOTES:
-            workflow.logger.warning("too many signals that change nothing; not told", extra={"event_type": event})
+        if not self._may_note(event):
             return
         await workflow.wait_condition(lambda: self._written_down)
         await workflow.execute_activity_method(
@@ -629,6 +695,17 @@ class OrderWorkflow:
             NoteRequest(order_id=self._order.order_id, type=event, payload={"reason": reason}),
             **policies.DATABASE,
         )
+
+    def _may_note(self, event: str) -> bool:
+        # Silently: a flood of thousands in one workflow task leaves no time for a log line each.
+        self._notes[event] += 1
+        if self._notes.total() <= MAX_NOTES:
+            return True
+        return self._notes[event] <= MAX_NOTES and workflow.patched(_NOTES_PER_TYPE)
+
+
+def _refuse(error: type[Exception], reason: str) -> NoReturn:
+    raise ApplicationError(reason, type=error.__name__, non_retryable=True)
 
 
 def _is_reset() -> bool:
@@ -640,6 +717,13 @@ def _is_reset() -> bool:
 def _gave_up(error: ChildWorkflowError) -> bool:
     """Whether the shipment itself decided to fail; then it has asked the carrier."""
     return isinstance(error.cause, ApplicationError) and error.cause.type == DispatchFailed.__name__
+
+
+def _refused_before(address: Address) -> str | None:
+    """Why an address was ignored by orders that began before unknown fields were taken."""
+    if address.model_extra and not workflow.patched("address-with-unknown-fields"):
+        return "not valid: not an address"
+    return None
 
 
 def _refuse_unless_valid(rules: type[BaseModel], sent: BaseModel) -> None:
