@@ -48,6 +48,7 @@ class Identity:
         self._pool = pool
         self._temporal = temporal
         self._good_until = 0.0
+        self._last: str | None = None
 
     async def require(self) -> None:
         """Return if the namespace is the database's. One that no worker has used yet belongs to any.
@@ -58,7 +59,7 @@ class Identity:
         """
         if time.monotonic() < self._good_until:
             return
-        bound = await self.bound()
+        bound = await self._remembered()
         if bound is None:
             return
         found = await self.found()
@@ -70,6 +71,15 @@ class Identity:
                 "restore, `trellis namespace bind` says that they belong together"
             )
         self._good_until = time.monotonic() + _HOLDS
+
+    async def _remembered(self) -> str | None:
+        """What the database says; what it said last while it does not answer: a signal needs Temporal alone."""
+        try:
+            self._last = await self.bound()
+        except db.UNAVAILABLE:
+            if self._last is None:
+                raise
+        return self._last
 
     async def claim(self) -> None:
         """As `require`; and a database that belongs to no namespace yet belongs to this one from now on."""

@@ -387,15 +387,25 @@ async def test_no_statement_reads_more_than_a_batch(settings: Settings) -> None:
     async with asyncpg.create_pool(url, init=prepare, min_size=0) as pool:
         await fill(connection, 11_000)
         everything = await Auditor(BooksRepository(pool), Sources(), Options(page=2_000, rechecks=())).run()
+        reads = _first_of_each(asked)
+        asked.clear()
         since = Options(since=datetime.now(UTC) + timedelta(hours=1))
         nothing = await Auditor(BooksRepository(pool), Sources(), since).run()
     assert (everything.orders, everything.violations, nothing.orders) == (11_000, [], 0)
-    reads = [each for each in asked if "FROM orders" in each.query or "FROM events" in each.query]
-    for read in {each.query: each for each in reads}.values():
+    for read in reads + _first_of_each(asked):
         plan = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {read.query}", *read.args)
         rows = max(_rows(json.loads(plan)[0]["Plan"]))
         assert rows <= TIMELINE_ROWS, read.query
     await connection.close()
+
+
+def _first_of_each(asked: list[Any]) -> list[Any]:
+    """The first call of every statement that reads orders or events: the last ones find nothing more."""
+    first: dict[str, Any] = {}
+    for each in asked:
+        if "FROM orders" in each.query or "FROM events" in each.query:
+            first.setdefault(each.query, each)
+    return list(first.values())
 
 
 def _rows(node: dict[str, Any]) -> Iterator[float]:

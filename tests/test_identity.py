@@ -79,6 +79,24 @@ async def test_the_first_worker_binds_the_database(services: Services) -> None:
     assert await identity.bound() == await identity.found()
 
 
+async def test_a_signal_needs_temporal_alone(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database that went away since is no reason to refuse an approval."""
+    identity = Identity(services.pool, services.temporal)
+    await identity.claim()
+    monkeypatch.setattr("app.identity._HOLDS", -1.0)
+    await identity.require()
+
+    async def gone() -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(identity, "bound", gone)
+    await identity.require()
+    never_asked = Identity(services.pool, services.temporal)
+    monkeypatch.setattr(never_asked, "bound", gone)
+    with pytest.raises(ConnectionError):
+        await never_asked.require()
+
+
 async def test_another_systems_namespace_is_refused_in_words(services: Services, elsewhere: str) -> None:
     await Identity(services.pool, services.temporal).claim()
     other = services.settings.model_copy(update={"temporal_namespace": elsewhere})

@@ -256,7 +256,7 @@ class Reconciler:
         """The payment stays in doubt until the money is back, so that a pass that breaks off leaves it to the next."""
         receipt = await self._tools.gateway.find_charge(left.payment_id)
         if receipt is None:
-            await self._tools.left.never_charged(left)
+            await self._tools.left.never_charged(left.order_id, left.payment_id)
             return
         payload = {"found": "a charge after the order was closed", "reference": receipt.reference}
         await self._tools.left.tell(left.order_id, payload, key="reconciled:payment")

@@ -82,13 +82,13 @@ class LeftBehind:
         """The event `reconciled`, before anything is done: whatever a repair has begun, the timeline says so."""
         await events.record(self._pool, order_id, "reconciled", payload, key=key)
 
-    async def never_charged(self, left: Left) -> None:
+    async def never_charged(self, order_id: str, payment_id: str) -> None:
         """The charge of a closed order did not go through. Nothing, if somebody has settled it in the meantime."""
         payload = {"found": "no charge at the provider"}
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.lock(connection, left.order_id)
-            if await mark_failed(connection, left.payment_id) == "UPDATE 1":
-                await events.record(connection, left.order_id, "reconciled", payload, key="reconciled:payment")
+            await events.lock(connection, order_id)
+            if await mark_failed(connection, payment_id) == "UPDATE 1":
+                await events.record(connection, order_id, "reconciled", payload, key="reconciled:payment")
 
     async def payment_owner(self, payment_id: str) -> str | None:
         """The order that has claimed this payment id."""

@@ -19,6 +19,7 @@ from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.service import RPCError
 
 from tests.faults import verdict
+from tests.faults.stack import eventually
 
 if TYPE_CHECKING:
     from tests.faults.orders import Customers, Promise
@@ -90,8 +91,16 @@ async def keep_reconciling(stack: Stack, wrong: list[str]) -> None:
 
 
 async def stop_lying(stack: Stack) -> None:
-    """The provider's look-up knows of every charge again."""
-    await _lag(stack, 0)
+    """The provider's look-up knows of every charge again. Waits for a sandbox that is being started."""
+
+    async def told() -> bool:
+        try:
+            await _lag(stack, 0)
+        except httpx.HTTPError:
+            return False
+        return True
+
+    await eventually(told, 60, "the sandbox does not answer")
 
 
 # --- the acts

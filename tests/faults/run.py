@@ -120,6 +120,7 @@ class Run:
             await operators
             arrivals.cancel()
             passes.cancel()
+            await asyncio.gather(passes, return_exceptions=True)
             self._say("no more faults")
             await self._fill_the_matrix(stack, customers)
             self._took("storm")

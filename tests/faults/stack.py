@@ -225,8 +225,10 @@ class Stack:
         try:
             output, _ = await asyncio.wait_for(process.communicate(), timeout)
         except TimeoutError:
-            process.kill()
             return -1, f"`trellis {' '.join(args)}` did not end within {timeout:.0f} s"
+        finally:
+            if process.returncode is None:
+                process.kill()
         return process.returncode or 0, output.decode()
 
     # --- putting it together

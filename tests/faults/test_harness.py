@@ -12,14 +12,18 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from temporalio.client import WorkflowExecutionStatus
 
 from app.failpoints import NAMES, Action
+from app.settings import Settings
+from app.steps import Step
 from tests.conftest import Servers
 from tests.faults import acts, schedule
 from tests.faults.failpoint_plan import FailpointPlan
-from tests.faults.orders import LEADS_TO, STORIES
+from tests.faults.orders import LEADS_TO, STORIES, Customers, Promise
 from tests.faults.proxy import CommitSpotter, Proxy
 from tests.faults.run import Plan
+from tests.shop import open_shop
 
 
 def _message(kind: bytes, body: bytes) -> bytes:
@@ -134,6 +138,30 @@ def test_a_seed_draws_the_same_acts_twice_and_each_kind_by_itself() -> None:
     assert some == [act for act in everything if act.kind in {"lies", "terminate"}]
     assert {act.workflow for act in everything if act.kind == "reset"} == {"order", "shipping"}
     assert all(5 <= act.at < 180 for act in everything)
+
+
+@pytest.mark.parametrize("kind", ["terminate", "cancel", "reset"])
+async def test_an_act_does_what_it_says(settings: Settings, kind: str) -> None:
+    async with open_shop(settings) as shop:
+        order = await shop.order()
+        await order.reaches(Step.AWAITING_REVIEW)
+        promise = Promise(order.id, "plain", accepted=True)
+        customers = Customers("", shop.client, Random("1"), "o", promises={order.id: promise})
+        before = await order.workflow.describe()
+        act = acts.Act(0, kind, "order", which=0.5, how_far=0.99)
+        told = await acts.ACTS[kind](act, None, customers)  # type: ignore[arg-type] - no stack is needed for these
+        assert told
+        assert told.startswith(f"order/{order.id}")
+        assert promise.terminated
+        after = await order.workflow.describe()
+        if kind == "reset":
+            assert after.run_id != before.run_id
+            await order.approve()
+            assert await order.ends() is Step.SHIPPED
+        elif kind == "cancel":
+            assert await order.ends() is Step.CANCELLED
+        else:
+            assert after.status is WorkflowExecutionStatus.TERMINATED
 
 
 @pytest.mark.parametrize("kinds", [(), ("terminate", "lies")])
