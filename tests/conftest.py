@@ -35,6 +35,12 @@ for _name in [*os.environ]:
 os.environ["TRELLIS_LOG_FORMAT"] = "json"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The adapters that `tests/test_partner_contract.py` is about."""
+    for option, what in (("--gateway", "GatewayCase"), ("--carrier", "CarrierCase")):
+        parser.addoption(option, metavar="MODULE:NAME", help=f"context manager of a {what} to run the contract against")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Temporary files of this run go to a directory of its own.

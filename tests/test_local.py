@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
@@ -23,7 +25,7 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 from typer.testing import CliRunner
 
-from app.cli.run import run
+from app.cli.run import Options, run
 from app.local import privileges
 from app.local.postgres import DataUnusable, LocalPostgres, StopMode
 from app.local.privileges import Capability
@@ -39,7 +41,7 @@ from app.local.processes import (
     free_port,
     until,
 )
-from app.local.stack import DataInUse, LocalStack
+from app.local.stack import DataInUse, LocalStack, UsualPorts
 from app.local.temporal import LocalTemporal
 from app.settings import Settings
 
@@ -280,19 +282,46 @@ def test_taken_port_names_the_option(taken: int) -> None:
     assert free_port() != taken
 
 
-@pytest.mark.parametrize("option", ["--port", "--postgres-port", "--temporal-port", "--ui-port"])
-def test_run_refuses_a_taken_port_before_it_starts_anything(option: str, taken: int, tmp_path: Path) -> None:
-    ports = {name: free_port() for name in ("--port", "--postgres-port", "--temporal-port", "--ui-port")}
-    ports[option] = taken
+def test_run_names_every_taken_port_before_it_starts_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = typer.Typer()
     app.command()(run)
-    arguments = [part for name, port in ports.items() for part in (name, str(port))]
-    result = CliRunner().invoke(app, ["--data", str(tmp_path / "data"), *arguments])
+    with contextlib.ExitStack() as listeners:
+        ports = {}
+        for name in ("--port", "--postgres-port", "--temporal-port", "--ui-port", "TRELLIS_METRICS_PORT"):
+            listener = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports[name] = str(listener.getsockname()[1])
+        monkeypatch.setenv("TRELLIS_METRICS_PORT", ports["TRELLIS_METRICS_PORT"])
+        arguments = [part for name, port in ports.items() if name.startswith("--") for part in (name, port)]
+        result = CliRunner().invoke(app, ["--data", str(tmp_path / "data"), *arguments])
     assert result.exit_code == 1
-    assert f"{taken}, for" in result.output
-    assert option in result.output
+    for name, port in ports.items():
+        assert re.search(rf"\b{port}, for [^.]*{name}", result.output), result.output
     assert "Traceback" not in result.output
     assert {path.name for path in (tmp_path / "data").iterdir()} <= {"lock"}, "nothing was started"
+
+
+async def test_what_nobody_asked_for_takes_the_usual_port_or_a_free_one(taken: int, tmp_path: Path) -> None:
+    usual = UsualPorts(postgres=taken, temporal=free_port_again(), ui=taken)
+    stack = LocalStack(tmp_path / "data", ui_port=0, usual=usual)
+    await stack.prepare()
+    await stack.stop()
+    found = (stack.postgres.port, stack.temporal.port, stack.temporal.ui_port, stack.temporal.metrics_port)
+    assert found[1] == usual.temporal
+    assert taken not in found
+    assert 0 not in found
+    assert len(set(found)) == 4
+
+
+def free_port_again() -> int:
+    """A free port that `free_port` has not given to anybody."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_the_usual_ports_are_left_to_whoever_asked_for_them() -> None:
+    options = Options(data=None, host="127.0.0.1", port=5432, temporal_port=8233)
+    assert options.usual_ports == UsualPorts(postgres=0, temporal=7233, ui=0)
 
 
 async def test_process_that_ends_early_or_never_answers(tmp_path: Path) -> None:
@@ -418,16 +447,25 @@ def test_the_server_of_another_user_has_one_right(postgres: LocalPostgres) -> No
 
 @pytest.mark.timeout(300)
 async def test_run_until_terminated(tmp_path: Path) -> None:
-    ports = {name: free_port() for name in ("port", "postgres-port", "temporal-port")}
-    output = tmp_path / "output"
+    port, output = free_port(), tmp_path / "output"
     with output.open("wb") as log:
-        arguments = ["--data", tmp_path / "data", "--no-ui", *(f"--{name}={port}" for name, port in ports.items())]
+        arguments = ["--data", tmp_path / "data", "--port", port]
         process = launch(sys.executable, "-m", "app", "run", *arguments, stdout=log)
     try:
-        curl = f"curl -X POST http://127.0.0.1:{ports['port']}/orders/o-1/signals/approve\n"
+        curl = f"curl -X POST http://127.0.0.1:{port}/orders/o-1/signals/approve\n"
         assert await until(lambda: curl in output.read_text(), 180), output.read_text()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['port']}") as web:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as web:
             assert (await web.get("/readyz")).status_code == 200
+        # What was printed is where it is, whatever else listens at the usual ports of this machine.
+        environment = tmp_path / "data" / "env"
+        assert f". {environment}" in output.read_text()
+        addresses = dict(re.findall(r"^export (\w+)=(.*)$", environment.read_text(), re.MULTILINE))
+        assert addresses["TRELLIS_URL"] == f"http://127.0.0.1:{port}"
+        assert addresses["TRELLIS_DATABASE_URL"] in output.read_text()
+        audit = launch("sh", "-c", f". {environment} && exec {sys.executable} -m app audit")
+        told, _ = await asyncio.to_thread(audit.communicate)
+        assert audit.returncode == 0, told
+        assert b"0 violations" in told
         process.terminate()
         assert await asyncio.to_thread(process.wait, 60) == 0, output.read_text()
     finally:
@@ -435,5 +473,6 @@ async def test_run_until_terminated(tmp_path: Path) -> None:
         process.wait()
     assert "Everything is stopped." in output.read_text()
     assert "Traceback" not in output.read_text()
-    for name, port in ports.items():
-        check_port(port, "the next run", name)
+    for address in (addresses["TRELLIS_DATABASE_URL"], "//" + addresses["TEMPORAL_ADDRESS"]):
+        check_port(urlsplit(address).port or 0, "the next run", "--port")
+    check_port(port, "the next run", "--port")

@@ -1,4 +1,7 @@
-"""The HTTP adapters against the sandbox: in process, as by default, and over a real connection."""
+"""The HTTP adapters against the sandbox: in process, and over a real connection.
+
+What any adapter has to get right is in `tests/test_partner_contract.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ from app.sandbox.ledger import Ledger
 from app.sandbox.wire import Faults
 from app.shipping.http_carrier import HttpCarrier
 from app.shipping.models import Address
+from tests.test_partner_contract import answering
 
 FAULTS = Faults(flaky_failures=2, slow_seconds=0.8, down_seconds=0.4)
 PRICE = Money(amount=Decimal("19.90"), currency="USD")
@@ -99,34 +103,11 @@ def address(zip_code: str = "62701") -> Address:
 # --- money --------------------------------------------------------------------------------------------------
 
 
-async def test_charge_and_refund_once_each(partners: Partners) -> None:
-    gateway = partners.gateway
-    assert await gateway.find_charge("pay-1") is None
-    receipt = await gateway.charge("pay-1", PRICE)
-    assert receipt.money == PRICE
-    assert await gateway.charge("pay-1", PRICE) == receipt == await gateway.find_charge("pay-1")
-    assert await gateway.find_refund("pay-1") is None
-    refund = await gateway.refund("pay-1", PRICE)
-    assert await gateway.refund("pay-1", PRICE) == refund == await gateway.find_refund("pay-1")
-    assert refund.reference != receipt.reference
-    # A charge repeated after the refund answers the old receipt and moves nothing.
-    assert await gateway.charge("pay-1", PRICE) == receipt
-    assert await partners.charges("pay-1") == 1
-
-
 async def test_amounts_arrive_exactly(partners: Partners) -> None:
     for amount, currency in (("50", "JPY"), ("0.00", "EUR"), ("0.01", "EUR"), ("1000000.00", "USD")):
         money = Money(amount=Decimal(amount), currency=currency)
         receipt = await partners.gateway.charge(f"pay-{money.amount}-{currency}", money)
         assert str(receipt.money) == f"{amount} {currency}"
-
-
-async def test_unusual_ids_keep_their_key(partners: Partners) -> None:
-    for payment_id in ("..", "a.b", "a/b", "a b", "50%", "a%2Fb", "a?b#c"):
-        receipt = await partners.gateway.charge(payment_id, PRICE)
-        assert await partners.gateway.find_charge(payment_id) == receipt
-        handover = await partners.carrier.dispatch(payment_id, None)
-        assert await partners.carrier.recall(payment_id) == handover
 
 
 async def test_another_amount_is_a_conflict(partners: Partners) -> None:
@@ -137,11 +118,6 @@ async def test_another_amount_is_a_conflict(partners: Partners) -> None:
         with pytest.raises(PaymentConflict, match="amount_mismatch"):
             await partners.gateway.refund("pay-1", other)
     assert await partners.charges("pay-1") == 1
-
-
-async def test_refund_of_nothing_is_a_conflict(partners: Partners) -> None:
-    with pytest.raises(PaymentConflict, match="charge_not_found"):
-        await partners.gateway.refund("pay-1", PRICE)
 
 
 async def test_decline_carries_the_short_code(partners: Partners) -> None:
@@ -201,17 +177,6 @@ async def test_outage_is_unavailable(partners: Partners) -> None:
 # --- parcels ------------------------------------------------------------------------------------------------
 
 
-async def test_first_of_dispatch_and_recall_decides(partners: Partners) -> None:
-    handover = await partners.carrier.dispatch("o-1", address())
-    assert await partners.carrier.dispatch("o-1", address()) == handover
-    assert await partners.carrier.recall("o-1") == handover
-
-    assert await partners.carrier.recall("o-2") is None
-    with pytest.raises(ShipmentRefused, match="recalled"):
-        await partners.carrier.dispatch("o-2", None)
-    assert await partners.carrier.recall("o-2") is None
-
-
 async def test_refused_and_flaky_parcels(partners: Partners) -> None:
     with pytest.raises(ShipmentRefused, match="undeliverable"):
         await partners.carrier.dispatch("o-1", address("00002"))
@@ -234,58 +199,9 @@ async def test_parcel_that_was_taken_in_silence_is_found_by_recall(partners: Par
 # --- answers no partner should give ---------------------------------------------------------------------------
 
 
-def answering(response: httpx.Response | httpx.RequestError) -> httpx.AsyncClient:
-    def answer(_request: httpx.Request) -> httpx.Response:
-        if isinstance(response, httpx.RequestError):
-            raise response
-        return response
-
-    return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://partner")
-
-
 def charged(**changes: object) -> httpx.Response:
     receipt = {"id": "ch_1", "status": "succeeded", "amount": "19.90", "currency": "USD"}
     return httpx.Response(200, json=receipt | changes)
-
-
-NOT_AN_ANSWER = [
-    httpx.Response(200, text="<html>"),
-    httpx.Response(200, content=b"\xff\xfe"),
-    httpx.Response(200, json=[]),
-    httpx.Response(202, json={}),
-    httpx.Response(204),
-    httpx.Response(302, headers={"location": "http://elsewhere/"}),
-    httpx.Response(400, json={"error": {"code": "invalid_request"}}),
-    httpx.Response(401),
-    httpx.Response(404, text="no such page"),
-    httpx.Response(409, json={"error": {"code": "idempotency_key_in_flight"}}),
-    httpx.Response(429),
-    httpx.Response(500),
-    httpx.Response(504),
-    httpx.ConnectError("refused"),
-    httpx.ConnectTimeout("slow"),
-    httpx.ReadTimeout("slow"),
-    httpx.PoolTimeout("busy"),
-    httpx.ReadError("reset"),
-    httpx.RemoteProtocolError("closed"),
-    httpx.DecodingError("not gzip"),
-]
-
-
-@pytest.mark.parametrize("answer", NOT_AN_ANSWER, ids=repr)
-async def test_whatever_is_not_an_answer_is_unavailable(answer: httpx.Response | httpx.RequestError) -> None:
-    gateway, carrier = HttpPaymentGateway(answering(answer)), HttpCarrier(answering(answer))
-    for payment in (
-        gateway.charge("pay-1", PRICE),
-        gateway.refund("pay-1", PRICE),
-        gateway.find_charge("pay-1"),
-        gateway.find_refund("pay-1"),
-    ):
-        with pytest.raises(PaymentUnavailable):
-            await payment
-    for parcel in (carrier.dispatch("o-1", address()), carrier.recall("o-1")):
-        with pytest.raises(CarrierUnavailable):
-            await parcel
 
 
 @pytest.mark.parametrize(
@@ -298,6 +214,8 @@ async def test_whatever_is_not_an_answer_is_unavailable(answer: httpx.Response |
         (charged(currency="???"), PaymentUnavailable),
         (charged(status="pending"), PaymentUnavailable),
         (charged(id=""), PaymentUnavailable),
+        (httpx.Response(400, json={"error": {"code": "invalid_request"}}), PaymentUnavailable),
+        (httpx.Response(409, json={"error": {"code": "idempotency_key_in_flight"}}), PaymentUnavailable),
     ],
 )
 async def test_receipt_for_something_else(answer: httpx.Response, expected: type[TrellisError]) -> None:

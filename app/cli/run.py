@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from app.errors import TrellisError
-from app.local.processes import LocalError, PortTaken, ServerDied, free_port, listen
-from app.local.stack import LocalStack
+from app.local.processes import LocalError, PortTaken, ServerDied, check_port, collecting_taken, free_port, listen
+from app.local.stack import LocalStack, UsualPorts
 
 DRAIN_MARGIN = 10.0
 """Seconds the workers get beyond their own graceful time-out."""
@@ -61,10 +61,18 @@ class Options:
     data: Path | None
     host: str
     port: int
-    postgres_port: int
-    temporal_port: int
-    ui_port: int | None
+    postgres_port: int = 0
+    """0: the usual one if it is free, or another. So are the other ports but that of the API, which people type."""
+    temporal_port: int = 0
+    ui_port: int | None = 0
+    """None: no UI."""
     trace: str | None = None
+
+    @property
+    def usual_ports(self) -> UsualPorts:
+        """Where to look first for what was not asked for, and not where something else was."""
+        asked = {self.port, self.postgres_port, self.temporal_port, self.ui_port}
+        return UsualPorts(*(0 if port in asked else port for port in (5432, 7233, 8233)))
 
 
 def run(
@@ -78,9 +86,15 @@ def run(
         str, typer.Option(help="Address of the API. PostgreSQL and Temporal are on 127.0.0.1 always.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the API.", min=1, max=65535)] = 8000,
-    postgres_port: Annotated[int, typer.Option(help="Port of PostgreSQL.", min=1, max=65535)] = 5432,
-    temporal_port: Annotated[int, typer.Option(help="Port of Temporal.", min=1, max=65535)] = 7233,
-    ui_port: Annotated[int, typer.Option(help="Port of the Temporal UI.", min=1, max=65535)] = 8233,
+    postgres_port: Annotated[
+        int | None, typer.Option(help="Port of PostgreSQL. [default: 5432, or a free one]", min=1, max=65535)
+    ] = None,
+    temporal_port: Annotated[
+        int | None, typer.Option(help="Port of Temporal. [default: 7233, or a free one]", min=1, max=65535)
+    ] = None,
+    ui_port: Annotated[
+        int | None, typer.Option(help="Port of the Temporal UI. [default: 8233, or a free one]", min=1, max=65535)
+    ] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Run without the Temporal UI.")] = False,
     trace: Annotated[
         str | None, typer.Option(help="Add traces, a line per span, to this file; `-` is the terminal.", metavar="FILE")
@@ -94,9 +108,9 @@ def run(
         data=None if ephemeral else data,
         host=host,
         port=port,
-        postgres_port=postgres_port,
-        temporal_port=temporal_port,
-        ui_port=None if no_ui else ui_port,
+        postgres_port=postgres_port or 0,
+        temporal_port=temporal_port or 0,
+        ui_port=None if no_ui else ui_port or 0,
         trace=trace,
     )
     raise typer.Exit(asyncio.run(_run(options)))
@@ -134,8 +148,7 @@ class _Run:
             stack = self._stack()
             self._signals.when_forced(stack.hurry)
             try:
-                await self._signals.or_stop(stack.prepare())
-                with listen(self._options.host, self._options.port, "the API", "--port") as bound:
+                with await self._claim_ports(stack) as bound:
                     self.started = True
                     await self._signals.or_stop(stack.start())
                     return await self._serve(stack, bound)
@@ -148,6 +161,26 @@ class _Run:
                 if self.started:
                     self._say("Everything is stopped.")
 
+    async def _claim_ports(self, stack: LocalStack) -> socket.socket:
+        """Prepare the servers; the socket of the API.
+
+        Raises:
+            PortTaken: one or more ports are; the message names them all.
+        """
+        from app.settings import load
+
+        with contextlib.ExitStack() as bound:
+            with collecting_taken() as claim:
+                with claim():
+                    api = bound.enter_context(listen(self._options.host, self._options.port, "the API", "--port"))
+                with claim():
+                    if port := load().metrics_port:
+                        check_port(port, "the metrics", "TRELLIS_METRICS_PORT")
+                with claim():
+                    await self._signals.or_stop(stack.prepare())
+            bound.pop_all()
+            return api
+
     def _stack(self) -> LocalStack:
         from app.settings import load
 
@@ -156,6 +189,7 @@ class _Run:
             postgres_port=self._options.postgres_port,
             temporal_port=self._options.temporal_port,
             ui_port=self._options.ui_port,
+            usual=self._options.usual_ports,
             namespaces=[load().temporal_namespace],
             report=self._say,
         )
@@ -188,7 +222,10 @@ class _Run:
         metrics = local_url(settings.metrics_host, settings.metrics_port)
         try:
             await self._timed("API and workers", api.start(f"{metrics}/readyz"), stack)
-            self._say(_announcement(api.url, f"{metrics}/metrics", stack))
+            environment = stack.write_env(
+                TRELLIS_URL=api.url, TRELLIS_SANDBOX="true", TEMPORAL_ADDRESS=stack.temporal_address
+            )
+            self._say(_announcement(api.url, f"{metrics}/metrics", stack, environment))
             await self._signals.or_stop(_first_of(api.wait(), stack.watch()))
         except Interrupted:
             pass
@@ -305,13 +342,13 @@ def _check_ports(options: Options) -> None:
     }
     users: dict[int, str] = {}
     for option, port in wanted.items():
-        if port is not None and port in users:
+        if port and port in users:
             raise PortTaken(f"{port}, for {users[port]} and {option} at once; give each its own")
-        if port is not None:
+        if port:
             users[port] = option
 
 
-def _announcement(api: str, metrics: str, stack: LocalStack) -> str:
+def _announcement(api: str, metrics: str, stack: LocalStack, environment: Path) -> str:
     """Where everything is, and what to try; nothing here is wrapped, so that it can be copied."""
     rows = {
         "API": api,
@@ -322,6 +359,7 @@ def _announcement(api: str, metrics: str, stack: LocalStack) -> str:
         "Temporal metrics": f"http://127.0.0.1:{stack.temporal.metrics_port}/metrics",
         "PostgreSQL": stack.database_url,
         "Data": str(stack.data),
+        "Environment": f". {environment}   (for trellis audit, temporal and their like in another terminal)",
         "Logs": f"{stack.postgres.log}, {stack.temporal.log.name}",
     }
     table = Table.grid(padding=(0, 2))

@@ -73,16 +73,27 @@ class LocalPostgres(LocalServer):
     Args:
         data: the server's data directory; made at the first start.
         port: 0 chooses a free one at the first start and keeps it.
+        usual_port: the one to choose then, if it is free; 0: any.
         log: file to which the server's output is added.
         durable: False loses data when the machine (not the server) crashes, and is faster.
         report: is told what else had to be done.
     """
 
-    def __init__(self, data: Path, port: int = 0, *, log: Path, durable: bool = True, report: Report = silent) -> None:
+    def __init__(
+        self,
+        data: Path,
+        port: int = 0,
+        *,
+        log: Path,
+        usual_port: int = 0,
+        durable: bool = True,
+        report: Report = silent,
+    ) -> None:
         super().__init__(NAME)
         self.data = data.resolve()
         self.port = port
         self.log = log
+        self._usual_port = usual_port
         self._report = report
         self._durable = durable
         self._bin = _programs()
@@ -100,8 +111,7 @@ class LocalPostgres(LocalServer):
             CannotStop: a server of an earlier run does not end.
         """
         await self._stop_leftover()
-        if self.port == 0:
-            self.port = free_port()
+        self.port = self.port or free_port(self._usual_port)
         check_port(self.port, NAME, "--postgres-port")
 
     async def start(self) -> None:

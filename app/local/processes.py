@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -418,20 +419,61 @@ async def listens(port: int) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 where nobody listens.
+def check_ports(wanted: Iterable[tuple[int, str, str]]) -> None:
+    """`check_port` for several, given as its arguments.
+
+    Raises:
+        PortTaken: one or more are; the message names them all.
+    """
+    with collecting_taken() as collect:
+        for port, what, option in wanted:
+            with collect():
+                check_port(port, what, option)
+
+
+@contextmanager
+def collecting_taken() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Go on after a taken port, for the sake of those who would otherwise be told of one after the other.
+
+    Yields a context manager for each single claim.
+
+    Raises:
+        PortTaken: at the end, if any claim did; the message names all ports.
+    """
+    taken: list[str] = []
+
+    @contextmanager
+    def claim() -> Iterator[None]:
+        try:
+            yield
+        except PortTaken as error:
+            taken.append(error.detail)
+
+    yield claim
+    if taken:
+        raise PortTaken(". ".join(taken))
+
+
+def free_port(usual: int = 0) -> int:
+    """A port of 127.0.0.1 where nobody listens: the usual one if it is free.
 
     Not one the kernel hands out: those are also given to outgoing connections, and a client that redials a server
     which is being restarted could end up with the server's port, or even connected to itself.
     """
-    for _ in range(1000):
-        port = random.randint(20_000, 31_999)  # noqa: S311 - nothing secret about it
+    for port in (usual, *(random.randint(20_000, 31_999) for _ in range(1000))):  # noqa: S311 - nothing secret
+        if not port or port in _given:
+            continue
         try:
             check_port(port, "any", "another try")
         except LocalError:
             continue
+        # It is not taken before its server listens, and until then nobody else is to be given it.
+        _given.add(port)
         return port
     raise LocalError("no free port between 20000 and 31999")
+
+
+_given: set[int] = set()
 
 
 def _taken(port: int, what: str, option: str) -> PortTaken:

@@ -6,21 +6,32 @@ import asyncio
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn, Self
 
 from app.local.postgres import USER, DataUnusable, LocalPostgres
-from app.local.processes import POLL, LocalError, Report, private, silent
+from app.local.processes import POLL, LocalError, Report, collecting_taken, private, silent
 from app.local.temporal import LocalTemporal
 
-_OURS = re.compile(r"lock|postgres(\.new)?|(postgres|temporal)\.log(\.old)?|temporal\.(db(-\w+)?|pid)")
+_OURS = re.compile(r"lock|env|postgres(\.new)?|(postgres|temporal)\.log(\.old)?|temporal\.(db(-\w+)?|pid)")
 """What the servers and this module keep in the data directory."""
+
+
+@dataclass(frozen=True)
+class UsualPorts:
+    """Where a server is looked for when nothing else was said. 0: nowhere."""
+
+    postgres: int = 0
+    temporal: int = 0
+    ui: int = 0
 
 
 class DataInUse(LocalError):
@@ -34,6 +45,7 @@ class LocalStack:
         data: directory for everything they write; None: a temporary one, removed at the end.
         postgres_port, temporal_port: 0 chooses free ones.
         ui_port: of the Temporal UI; None: without, 0: a free one.
+        usual: of the free ports those to choose.
         namespaces, dynamic_config: see `LocalTemporal`.
         database: created if it is not there.
         durable: False is faster and may lose data when the machine crashes.
@@ -47,6 +59,7 @@ class LocalStack:
         postgres_port: int = 0,
         temporal_port: int = 0,
         ui_port: int | None = None,
+        usual: UsualPorts = UsualPorts(),
         namespaces: Sequence[str] = (),
         dynamic_config: Mapping[str, object] | None = None,
         database: str = USER,
@@ -56,13 +69,20 @@ class LocalStack:
         self._temporary = Path(tempfile.mkdtemp(prefix="trellis-")) if data is None else None
         self.data = (data or self._temporary or Path()).resolve()
         self.postgres = LocalPostgres(
-            self.data / "postgres", postgres_port, log=self.data / "postgres.log", durable=durable, report=report
+            self.data / "postgres",
+            postgres_port,
+            log=self.data / "postgres.log",
+            usual_port=usual.postgres,
+            durable=durable,
+            report=report,
         )
         self.temporal = LocalTemporal(
             self.data,
             temporal_port,
             ui_port,
             log=self.data / "temporal.log",
+            usual_port=usual.temporal,
+            usual_ui_port=usual.ui,
             namespaces=namespaces,
             dynamic_config=dynamic_config,
             durable=durable,
@@ -98,6 +118,14 @@ class LocalStack:
         """Environment variables that lead another process of the product to these servers."""
         return {"TRELLIS_DATABASE_URL": self.database_url, "TRELLIS_TEMPORAL_ADDRESS": self.temporal_address}
 
+    def write_env(self, **more: str) -> Path:
+        """Write `env`, and what is in `more`, to a file that a shell can read; its path."""
+        file = self.data / "env"
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in {**self.env(), **more}.items()]
+        with open(file, "w", opener=private) as written:
+            written.writelines(lines)
+        return file
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -112,13 +140,15 @@ class LocalStack:
 
         Raises:
             DataInUse: another run works in the same directory.
-            PortTaken: somebody else listens on a port.
+            PortTaken: somebody else listens on a port; all such ports are named.
             LocalError: any other reason; the message says it.
         """
         if self._lock is None:
             self._lock = _locked(self.data)
-        await self.postgres.prepare()
-        await self.temporal.prepare()
+        with collecting_taken() as claim:
+            for server in (self.postgres, self.temporal):
+                with claim():
+                    await server.prepare()
 
     async def start(self) -> None:
         """Start both; if one fails, or the caller is cancelled, both are stopped again.

@@ -18,7 +18,7 @@ from app.local.processes import (
     Report,
     ServerProcess,
     Stage,
-    check_port,
+    check_ports,
     command_line,
     free_port,
     listens,
@@ -44,6 +44,7 @@ class LocalTemporal(LocalServer):
         data: directory for its database and process id; None keeps everything in memory.
         port: of the gRPC frontend; 0 chooses a free one at the first start and keeps it.
         ui_port: of the web interface; None: without one, 0: a free one.
+        usual_port, usual_ui_port: those to choose where a free one is chosen, if they are free; 0: any.
         metrics_port: of the server's own `/metrics`; 0: a free one.
         namespaces: to be there beside `default`.
         dynamic_config: server settings, such as `{"limit.maxIDLength": 255}`.
@@ -59,6 +60,8 @@ class LocalTemporal(LocalServer):
         ui_port: int | None = None,
         *,
         log: Path,
+        usual_port: int = 0,
+        usual_ui_port: int = 0,
         metrics_port: int = 0,
         namespaces: Sequence[str] = (),
         dynamic_config: Mapping[str, object] | None = None,
@@ -71,6 +74,8 @@ class LocalTemporal(LocalServer):
         self.ui_port = ui_port
         self.metrics_port = metrics_port
         self.log = log
+        self._usual_port = usual_port
+        self._usual_ui_port = usual_ui_port
         self._namespaces = list(dict.fromkeys(["default", *namespaces]))
         self._dynamic_config = dict(dynamic_config or {})
         self._durable = durable
@@ -86,17 +91,17 @@ class LocalTemporal(LocalServer):
         """Make sure that a server can be started: nothing of an earlier run is left, and the ports are free.
 
         Raises:
-            PortTaken: somebody else listens on a port.
+            PortTaken: somebody else listens on a port; all such ports are named.
             CannotStop: a server of an earlier run does not end.
         """
         await self._stop_leftover()
-        self.port = self.port or free_port()
+        self.port = self.port or free_port(self._usual_port)
         self.metrics_port = self.metrics_port or free_port()
-        check_port(self.port, NAME, "--temporal-port")
+        wanted = [(self.port, NAME, "--temporal-port"), (self.metrics_port, "Temporal's metrics", "metrics_port")]
         if self.ui_port is not None:
-            self.ui_port = self.ui_port or free_port()
-            check_port(self.ui_port, "the Temporal UI", "--ui-port, or --no-ui")
-        check_port(self.metrics_port, "Temporal's metrics", "metrics_port")
+            self.ui_port = self.ui_port or free_port(self._usual_ui_port)
+            wanted.append((self.ui_port, "the Temporal UI", "--ui-port, or --no-ui"))
+        check_ports(wanted)
 
     async def start(self) -> None:
         """Start the server; returns when every namespace answers.

@@ -9,6 +9,7 @@ for uid in 10001 4711; do
     --read-only --cap-drop ALL --security-opt no-new-privileges --user "$uid" --tmpfs /tmp \
     --env TRELLIS_DATABASE_URL=postgresql://trellis:trellis@postgres:5432/trellis \
     --env TRELLIS_TEMPORAL_ADDRESS=temporal:7233 \
+    --env TRELLIS_SANDBOX=true \
     "$TRELLIS_IMAGE" run-all >/dev/null
   answers() { docker exec "$name" python -m app.cli.healthcheck http://127.0.0.1:8000/readyz 2>/dev/null; }
   until_true 60 "$name does not get ready: $(docker logs "$name" 2>&1 | tail -n 5)" answers
