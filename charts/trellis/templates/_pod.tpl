@@ -147,18 +147,19 @@ volumeMounts:
     - secret: {name: {{ $database.caSecret }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
 {{- end }}
 {{- if .temporal }}
-{{- include "trellis.tlsVolume" (list "temporal" .root.Values.temporalClient.tls) }}
+{{- include "trellis.credentials" (list "temporal" (dict "tls" .root.Values.temporalClient.tls)) }}
 {{- end }}
 {{- if .partners }}
-{{- include "trellis.tlsVolume" (list "payment" .root.Values.partners.payment.tls) }}
-{{- include "trellis.tlsVolume" (list "carrier" .root.Values.partners.carrier.tls) }}
+{{- include "trellis.credentials" (list "payment" .root.Values.partners.payment) }}
+{{- include "trellis.credentials" (list "carrier" .root.Values.partners.carrier) }}
 {{- end }}
 {{- end }}
 
-{{/* A CA and a client's certificate in one volume. (list NAME TLS) */}}
-{{- define "trellis.tlsVolume" -}}
-{{- $tls := last . -}}
-{{- if or $tls.caSecret $tls.certSecret }}
+{{/* A CA, a client's certificate and a token in one volume. (list NAME OPTIONS) */}}
+{{- define "trellis.credentials" -}}
+{{- $tls := (last .).tls -}}
+{{- $token := (last .).existingSecret | default "" -}}
+{{- if or $tls.caSecret $tls.certSecret $token }}
 - name: {{ first . }}
   sources:
     {{- with $tls.caSecret }}
@@ -166,6 +167,9 @@ volumeMounts:
     {{- end }}
     {{- with $tls.certSecret }}
     - secret: {name: {{ . }}, items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]}
+    {{- end }}
+    {{- with $token }}
+    - secret: {name: {{ . }}, items: [{key: {{ (last $).tokenKey }}, path: token}]}
     {{- end }}
 {{- end }}
 {{- end }}

@@ -102,8 +102,8 @@
 {{- $variable := printf "TRELLIS_%s" (upper $name) }}
 {{- with get $partners $name }}
 {{- if .existingSecret }}
-- name: {{ $variable }}_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .tokenKey }}}}
+# A file, which is read anew for each call: a token that is replaced needs no new pods.
+- {name: {{ $variable }}_TOKEN_FILE, value: /etc/trellis/{{ $name }}/token}
 {{- end }}
 {{- if .tls.caSecret }}
 - {name: {{ $variable }}_TLS_CA, value: /etc/trellis/{{ $name }}/ca.crt}
