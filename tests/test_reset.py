@@ -7,20 +7,17 @@ its money have, once each; what the tables, the partners and Temporal say of it 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
-from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import WorkflowExecutionStatus, WorkflowHandle
 
 from app.steps import Step
 from tests.shop import REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
-from tests.support import until
+from tests.support import reset, until
 
 #: More than any of these histories has points to be reset to.
 LIVES = 9
@@ -94,7 +91,7 @@ async def test_an_order_that_is_reset_after_its_end_ends_the_same_way(
     async def live(number: int) -> Step:
         order = await story(shop)
         assert await order.ends() is end
-        await _reset(shop, order.workflow, number)
+        assert await reset(shop.client, order.workflow, number) <= LIVES
         return await order.ends()
 
     assert set(await asyncio.gather(*map(live, range(LIVES)))) == {end}
@@ -107,7 +104,7 @@ async def test_a_shipment_that_is_reset_after_its_end_changes_nothing(
     async def live(number: int) -> Step | None:
         order = await story(shop)
         assert await order.ends() is end
-        await _reset(shop, order.shipment, number)
+        assert await reset(shop.client, order.shipment, number) <= LIVES
         await _closes(order.shipment)
         return (await order.status())[0]
 
@@ -115,6 +112,17 @@ async def test_a_shipment_that_is_reset_after_its_end_changes_nothing(
 
 
 # --- orders that are reset on their way
+
+
+@asynccontextmanager
+async def charging_and_cancelled(shop: Shop) -> AsyncIterator[Order]:
+    """The provider has the money, and its answer is on the way while the block runs."""
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        await order.cancel()
+        yield order
 
 
 @asynccontextmanager
@@ -145,28 +153,25 @@ async def unanswered(shop: Shop) -> AsyncIterator[Order]:
     await order.cancel()
 
 
-@asynccontextmanager
-async def no_worker_for_shipments(shop: Shop) -> AsyncIterator[Order]:
-    """The shipment has started, and nobody works on it."""
-    order = await shop.order()
-    async with shop.without_shipping():
-        await order.approve()
-        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
-        yield order
+ON_THE_WAY = [
+    (charging_and_cancelled, "workflow", Step.CANCELLED),
+    (taken, "workflow", Step.SHIPPED),
+    (taken, "shipment", Step.SHIPPED),
+    (taken_and_cancelled, "workflow", Step.SHIPPED),
+    (taken_and_cancelled, "shipment", Step.SHIPPED),
+    (unanswered, "workflow", Step.CANCELLED),
+    (unanswered, "shipment", Step.CANCELLED),
+]
 
 
-ON_THE_WAY = {taken: Step.SHIPPED, taken_and_cancelled: Step.SHIPPED, unanswered: Step.CANCELLED}
-
-
-@pytest.mark.parametrize("part", ["workflow", "shipment"])
-@pytest.mark.parametrize(("way", "end"), ON_THE_WAY.items(), ids=[way.__name__ for way in ON_THE_WAY])
+@pytest.mark.parametrize(("way", "part", "end"), ON_THE_WAY, ids=lambda given: getattr(given, "__name__", given))
 async def test_an_order_is_reset_on_its_way(
-    shop: Shop, way: Callable[[Shop], AbstractAsyncContextManager[Order]], end: Step, part: str
+    shop: Shop, way: Callable[[Shop], AbstractAsyncContextManager[Order]], part: str, end: Step
 ) -> None:
     async def live(number: int) -> Step:
         async with way(shop) as order:
             workflow: WorkflowHandle[Any, Any] = getattr(order, part)
-            await _reset(shop, workflow, number)
+            assert await reset(shop.client, workflow, number) <= LIVES
             await _takes_up(workflow)
         return await order.ends()
 
@@ -174,25 +179,6 @@ async def test_an_order_is_reset_on_its_way(
 
 
 # --- resetting
-
-
-async def _reset(shop: Shop, workflow: WorkflowHandle[Any, Any], number: int) -> None:
-    """As `temporal workflow reset --event-id` does it, to the point of this number or to the last one."""
-    points = [
-        event.event_id
-        async for event in workflow.fetch_history_events()
-        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
-    ]
-    assert len(points) <= LIVES
-    await shop.client.workflow_service.reset_workflow_execution(
-        ResetWorkflowExecutionRequest(
-            namespace=shop.client.namespace,
-            workflow_execution=WorkflowExecution(workflow_id=workflow.id),
-            reason="as an operator would",
-            workflow_task_finish_event_id=points[min(number, len(points) - 1)],
-            request_id=str(uuid.uuid4()),
-        )
-    )
 
 
 async def _takes_up(workflow: WorkflowHandle[Any, Any]) -> None:

@@ -100,6 +100,7 @@ class OrderWorkflow:
         self._step = Step.RECEIVED
         self._last_error: str | None = None
         self._written_down = False
+        self._caught_up = False
         self._review: Review | None = None
         self._cancel = False
         self._dispatch_failed: str | None = None
@@ -241,7 +242,7 @@ class OrderWorkflow:
         if step.final:
             self._step = step
         elif step in _PAID_FOR and self._step not in _PAID_FOR:
-            self._step = Step.CHARGING
+            self._step, self._caught_up = Step.CHARGING, True
         else:
             raise error
 
@@ -254,7 +255,7 @@ class OrderWorkflow:
 
     def _may_be_under_way(self) -> bool:
         """Whether a shipment of an earlier run may have the parcel; then only that shipment may be called off."""
-        return _is_reset(_MAY_BE_UNDER_WAY)
+        return self._caught_up or _is_reset(_MAY_BE_UNDER_WAY)
 
     def _called_off(self) -> bool:
         """Whether the order was cancelled while nobody has been told to ship."""
