@@ -86,9 +86,9 @@ async def until_step(client: httpx.AsyncClient, order_id: str, *steps: str, time
     return found
 
 
-async def reset(client: Client, workflow: WorkflowHandle[Any, Any], number: int) -> int:
+async def reset(client: Client, workflow: WorkflowHandle[Any, Any], number: int) -> None:
     """Reset a workflow as `temporal workflow reset --event-id` does, to the point of this number or to its last one;
-    -1 is the last, too. Returns how many there were."""
+    -1 is the last, too."""
     points = [
         event.event_id
         async for event in workflow.fetch_history_events()
@@ -103,7 +103,6 @@ async def reset(client: Client, workflow: WorkflowHandle[Any, Any], number: int)
             request_id=str(uuid.uuid4()),
         )
     )
-    return len(points)
 
 
 def activities_of(history: Iterable[HistoryEvent]) -> list[str]:
