@@ -368,10 +368,10 @@ class Orders(OrderRepository):
         await super().open_review(order)
         await life.comes("after validate")
 
-    async def close(self, request: Any) -> None:
+    async def close(self, request: Any, *, charging: bool = True) -> None:
         life = self._world.lives[request.order_id]
         await life.comes("before close")
-        await super().close(request)
+        await super().close(request, charging=charging)
         await life.comes("after close")
 
 
