@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
+from temporalio.client import Client, WorkflowHandle
 
 from app import local_first, worker
 from app.order.worker import order_worker
@@ -79,6 +83,25 @@ async def until_step(client: httpx.AsyncClient, order_id: str, *steps: str, time
     wanted = " or ".join(steps)
     found: str = await until(reached, lambda: f"{order_id} to be {wanted}, and it is {step}", timeout)
     return found
+
+
+async def reset(client: Client, workflow: WorkflowHandle[Any, Any], number: int) -> None:
+    """Reset a workflow as `temporal workflow reset --event-id` does, to the point of this number or to its last one;
+    -1 is the last, too."""
+    points = [
+        event.event_id
+        async for event in workflow.fetch_history_events()
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
+    ]
+    await client.workflow_service.reset_workflow_execution(
+        ResetWorkflowExecutionRequest(
+            namespace=client.namespace,
+            workflow_execution=WorkflowExecution(workflow_id=workflow.id),
+            reason="as an operator would",
+            workflow_task_finish_event_id=points[min(number, len(points) - 1)],
+            request_id=str(uuid.uuid4()),
+        )
+    )
 
 
 def activities_of(history: Iterable[HistoryEvent]) -> list[str]:

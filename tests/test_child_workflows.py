@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,24 +10,31 @@ import pytest
 from temporalio.api.enums.v1 import EventType, ParentClosePolicy, WorkflowIdReusePolicy
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
-from temporalio.common import WorkflowIDReusePolicy
+from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.worker import UnsandboxedWorkflowRunner
 
+from app import policies
+from app.errors import TooLate
 from app.order.models import ORDER_TASK_QUEUE, OrderInput, StartOrder, order_workflow_id
 from app.order.worker import order_worker
 from app.settings import Settings
+from app.shipping.activities import ShippingActivities
 from app.shipping.models import (
     SHIPPING_TASK_QUEUE,
+    Shipment,
     ShippingInput,
     ShippingOutcome,
     ShippingResult,
     shipping_workflow_id,
 )
+from app.shipping.repository import Parcel, ShipmentRepository
 from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
 from tests.bookkeeping import USD
-from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
+from tests.record_histories import recall_ended_by_hand, recorded, shipment_cancelled, unheard
+from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, UNHEARD, Order, Shop, fresh_settings, open_shop, seconds
 from tests.support import activities_of
 
 RUNNING, FAILED, COMPLETED = (
@@ -172,12 +180,160 @@ async def test_an_order_whose_shipment_was_terminated_too_late_is_shipped(shop: 
     assert not await shop.ledger.refunds_of(order.payment_id)
 
 
-async def test_an_order_whose_shipment_was_cancelled_in_temporal_is_refunded(shop: Shop) -> None:
-    order = await shop.approved(address=UNANSWERED, attempts=10)
-    await order.tells("attempt_failed")
-    await order.shipment.cancel()
-    assert await order.ends() is Step.SHIPPING_FAILED
+async def test_an_order_whose_shipment_did_not_say_itself_that_it_gave_up_asks_for_the_parcel(shop: Shop) -> None:
+    """Whoever says so: the parcel may be on its way, here it is."""
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        await order.workflow.signal("dispatch_failed", {"reason": "says who?"})
+        await order.shipment.terminate("as an operator would")
+        assert await order.ends() is Step.SHIPPED
+    assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+async def test_an_order_whose_recall_was_ended_by_hand_asks_again(shop: Shop) -> None:
+    order = await recall_ended_by_hand(shop, address=UNHEARD)
+    assert await order.ends() is Step.SHIPPED
+    assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+# --- a child that is cancelled in Temporal: taken as the order's cancellation, wherever it is
+
+
+async def test_a_shipment_cancelled_in_temporal_before_it_began_is_a_cancelled_order(shop: Shop) -> None:
+    async with shop.without_shipping():
+        order = await shop.approved()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.shipment.cancel()
+    assert await order.ends() is Step.CANCELLED
+    assert await _activities(order.shipment) == ["prepare", "recall"]
     assert await _payment_status(order) == "REFUNDED"
+
+
+async def test_a_shipment_cancelled_in_temporal_while_nobody_answers_is_a_cancelled_order(shop: Shop) -> None:
+    order = await shipment_cancelled(shop)
+    assert await order.ends() is Step.CANCELLED
+    assert (await order.shipment.result())["outcome"] == ShippingOutcome.RECALLED
+    assert await _payment_status(order) == "REFUNDED"
+
+
+async def test_a_shipment_cancelled_in_temporal_too_late_is_shipped(shop: Shop) -> None:
+    order = await shop.order()
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        await order.shipment.cancel()
+        assert await order.ends() is Step.SHIPPED
+    assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+@pytest.mark.parametrize("parent", ["alive", "gone"])
+async def test_a_shipment_cancelled_in_temporal_still_waits_for_the_carrier(shop: Shop, parent: str) -> None:
+    """The carrier took the parcel unheard, and does not say so for a while: no answer is not "not taken"."""
+    async with unheard(shop) as order:
+        if parent == "gone":
+            await order.workflow.terminate("as an operator would")
+        await order.shipment.cancel()
+        await recorded(order.shipment, EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED)
+    assert (await order.shipment.result())["outcome"] == ShippingOutcome.SHIPPED
+    assert (await order.status())[0] is Step.SHIPPED
+    assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+async def test_a_shipment_cancelled_in_temporal_without_a_parent_refunds_by_itself(shop: Shop) -> None:
+    async with shop.without_shipping():
+        order = await shop.approved()
+        await order.recorded(EventType.EVENT_TYPE_CHILD_WORKFLOW_EXECUTION_STARTED)
+        await order.workflow.terminate("as an operator would")
+        await order.shipment.cancel()
+    assert (await order.shipment.result())["outcome"] == ShippingOutcome.RECALLED
+    assert (await order.status())[0] is Step.CANCELLED
+    assert await _payment_status(order) == "REFUNDED"
+
+
+# --- a carrier that is given up, and a database that is not
+
+
+@pytest.fixture
+async def hasty(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
+    """The shop with short pauses between attempts, and asking twice for the parcel of a carrier that was given up.
+    Outside the sandbox, whose modules are copies."""
+    retry = RetryPolicy(initial_interval=seconds(0.01), maximum_interval=seconds(0.01))
+    for name in ("DISPATCH", "RECALL"):
+        monkeypatch.setattr(policies, name, getattr(policies, name) | {"retry_policy": retry})
+    monkeypatch.setattr(policies, "RECALL_SILENCES", 2)
+    async with shop.closed():
+        monkeypatch.setattr("app.workflow_runner.runner", lambda **_: UnsandboxedWorkflowRunner())
+    yield shop
+    async with shop.closed():
+        monkeypatch.undo()
+
+
+def _unreachable(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """PostgreSQL is not there at these of the moments at which a shipment goes to its carrier, counted from 1."""
+    reach, count = ShipmentRepository.begin_dispatch, itertools.count(1)
+
+    async def unreliable(shipments: ShipmentRepository, order_id: str) -> Parcel:
+        if next(count) in calls:
+            raise ConnectionRefusedError
+        return await reach(shipments, order_id)
+
+    monkeypatch.setattr(ShipmentRepository, "begin_dispatch", unreliable)
+
+
+async def _failures(order: Order) -> list[tuple[str, str, bool]]:
+    told = [event.payload for event in await order.events("attempt_failed")]
+    return [(each["activity"], each["error_type"], each["retryable"]) for each in told]
+
+
+async def test_our_own_outage_does_not_use_up_the_carriers_attempts(
+    hasty: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unreachable(monkeypatch, 1, 2, 3)
+    order = await hasty.approved(attempts=2)
+    assert await order.ends() is Step.SHIPPED
+    assert await _failures(order) == [("dispatch", "DatabaseUnavailable", True)] * 3
+    assert await _activities(order.shipment) == ["prepare", "dispatch"]
+
+
+async def test_a_carrier_is_given_up_after_so_many_silences_of_its_own(
+    hasty: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second attempt at the handover, and the second at the recall.
+    _unreachable(monkeypatch, 2, 5)
+    async with hasty.outage("carrier"):
+        order = await hasty.approved(attempts=2)
+        assert await order.ends() is Step.SHIPPING_FAILED
+    assert await _failures(order) == [
+        (activity, error, retryable)
+        for activity in ("dispatch", "recall")
+        for error, retryable in (
+            ("CarrierUnavailable", True),
+            ("DatabaseUnavailable", True),
+            ("CarrierUnavailable", False),
+        )
+    ]
+
+
+async def test_a_parcel_is_asked_for_however_long_our_own_outage_lasts(
+    hasty: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unreachable(monkeypatch, 2, 3, 4)
+    order = await hasty.approved(address=UNHEARD, attempts=1)
+    assert await order.ends() is Step.SHIPPED
+    assert not await hasty.ledger.refunds_of(order.payment_id)
+
+
+async def test_nothing_is_handed_over_for_an_order_that_is_closed(shop: Shop) -> None:
+    """Its money may have gone back."""
+    order = await shop.order()
+    await order.cancel()
+    assert await order.ends() is Step.CANCELLED
+    shipping = ShippingActivities(ShipmentRepository(shop.pool), shop.services.carrier)
+    with pytest.raises(TooLate, match="is closed"):
+        await shipping.dispatch(Shipment(order_id=order.id))
+    assert await shop.ledger.find_parcel(order.id) is None
 
 
 # --- what they tell each other

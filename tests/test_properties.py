@@ -368,10 +368,10 @@ class Orders(OrderRepository):
         await super().open_review(order)
         await life.comes("after validate")
 
-    async def close(self, request: Any) -> None:
+    async def close(self, request: Any, *, charging: bool = True) -> None:
         life = self._world.lives[request.order_id]
         await life.comes("before close")
-        await super().close(request)
+        await super().close(request, charging=charging)
         await life.comes("after close")
 
 
@@ -482,26 +482,23 @@ async def world(servers: Any, template: str) -> AsyncIterator[World]:
 
 @contextlib.contextmanager
 def _soon() -> Iterator[None]:
-    """The real policies, with short pauses, and few attempts where there is a limit; and workflows outside the
+    """The real policies, with short pauses, and little patience where there is a limit; and workflows outside the
     sandbox, which is loaded anew for every workflow, and for every task of those that are kept nowhere."""
 
     def hurried(options: policies.ActivityOptions) -> policies.ActivityOptions:
-        patient = options["retry_policy"]
         soon = RetryPolicy(
             initial_interval=timedelta(milliseconds=10),
             maximum_interval=timedelta(milliseconds=10),
-            maximum_attempts=min(patient.maximum_attempts, RECALL_ATTEMPTS),
         )
         # A task that the server gave to a worker which was just stopping is repeated after this time, not before.
         in_time = min(options["start_to_close_timeout"], timedelta(seconds=15))
         return options | {"retry_policy": soon, "start_to_close_timeout": in_time}
 
-    dispatch = policies.dispatch
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("DATABASE", "PAYMENT", "RECALL", "RECALL_AFTER_GIVING_UP"):
+        for name in ("DATABASE", "PAYMENT", "DISPATCH", "RECALL"):
             patch.setattr(policies, name, hurried(getattr(policies, name)))
         patch.setattr("app.workflow_runner.runner", lambda **_: UnsandboxedWorkflowRunner())
-        patch.setattr(policies, "dispatch", lambda attempts: hurried(dispatch(attempts)))
+        patch.setattr(policies, "RECALL_SILENCES", RECALL_ATTEMPTS)
         yield
 
 

@@ -29,7 +29,7 @@ from app.shipping.models import ShippingInput, ShippingResult
 from app.shipping.workflows import ShippingWorkflow
 from app.steps import Step
 from tests.alerts.careless import ValidatedTwice
-from tests.record_histories import FOLDER, SCENARIOS
+from tests.record_histories import EARLIER, FOLDER, SCENARIOS
 from tests.shop import OFFICE, REFUSED, UNANSWERED, Shop, fresh_settings, open_shop
 
 RECORDINGS = sorted(FOLDER.glob("*.json"))
@@ -46,7 +46,8 @@ def _recorded(file: Path) -> WorkflowHistory:
 
 def test_every_scenario_is_recorded_for_the_order_and_for_the_shipment_it_has() -> None:
     recorded = {file.name for file in RECORDINGS}
-    assert {f"{name}.order.json" for name in SCENARIOS} <= recorded
+    assert {f"{name}.order.json" for name in (*SCENARIOS, *EARLIER)} <= recorded
+    assert {name.partition("@")[0] for name in EARLIER} <= SCENARIOS.keys()
     for file in RECORDINGS:
         has_shipment = "ChildWorkflowExecutionStarted" in file.read_text().replace("childW", "ChildW")
         if file.name.endswith(".order.json"):

@@ -43,6 +43,7 @@ from app.order.service import OrderService
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
 from app.steps import Step
+from tests.record_histories import cancelled_before_shipment
 from tests.shop import (
     HOME,
     OFFICE,
@@ -397,6 +398,16 @@ async def test_a_cancellation_after_the_carrier_took_the_parcel_is_refused(shop:
         (refusal,) = await order.events("cancel_refused")
         assert refusal.payload == {"reason": "the carrier has the parcel"}
         assert not await shop.ledger.refunds_of(order.payment_id)
+
+
+async def test_an_order_cancelled_before_its_shipment_started_is_not_shipped(shop: Shop) -> None:
+    """The shipment waits for an address that is being written; the cancellation is there first."""
+    order = await cancelled_before_shipment(shop)
+    await _is_cancelled(order, LIFE[:4])
+    kinds = [event.event_type for event in await order.history()]
+    assert EventType.EVENT_TYPE_START_CHILD_WORKFLOW_EXECUTION_INITIATED not in kinds
+    assert len(await shop.ledger.refunds_of(order.payment_id)) == 1
+    assert await shop.ledger.find_parcel(order.id) is None
 
 
 async def test_a_cancellation_after_the_end_is_refused(shop: Shop) -> None:

@@ -52,9 +52,13 @@ class OrderActivities:
 
     @activity.defn
     async def close(self, request: CloseOrder) -> None:
-        """End an order that was not charged."""
+        """End an order that was not charged.
+
+        Raises:
+            IllegalTransition: its charge has begun, in a run of its workflow before this one.
+        """
         reach("close.before_write")
-        await self._orders.close(request)
+        await self._orders.close(request, charging=False)
         reach("close.before_reply")
 
     @activity.defn

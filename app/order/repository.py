@@ -60,7 +60,7 @@ _OPEN_REVIEW = events.moving(
 # By the step of the locked row, which is as new as can be: a charge that is written down while this waits for the lock
 # is in no snapshot of the table of payments. That is asked all the same, as money would be kept for nothing.
 _CLOSE = events.moving(
-    when="""was.state IN ('received', 'awaiting_review', 'charging')
+    when="""was.state IN ('received', 'awaiting_review', CASE WHEN $6 THEN 'charging' END)
       AND NOT EXISTS (SELECT FROM payments WHERE order_id = $1 AND status IN ('CHARGED', 'REFUNDED'))"""
 )
 
@@ -225,14 +225,17 @@ class OrderRepository:
         metrics.entered(Step.REJECTED, move)
         raise OrderRejected(reason)
 
-    async def close(self, request: CloseOrder) -> None:
+    async def close(self, request: CloseOrder, *, charging: bool = True) -> None:
         """Enter a final step without a charge.
+
+        Args:
+            charging: whether also an order may be closed whose charge has begun, and is known to lead to nothing.
 
         Raises:
             IllegalTransition: the order is charged: it ends by its shipment or by a refund.
         """
         payload = {"reason": request.reason} | ({"note": request.note} if request.note else {})
-        move = await events.enter(self._pool, request.order_id, request.step, payload, by=_CLOSE)
+        move = await events.enter(self._pool, request.order_id, request.step, payload, by=_CLOSE, arguments=(charging,))
         metrics.entered(request.step, move)
 
     async def change_address(self, change: AddressChange, key: str) -> bool:

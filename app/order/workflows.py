@@ -106,8 +106,17 @@ _CANCELLED_BEFORE_SHIPPING: Final = "cancelled-before-shipping"
 #: Orders that began before believed a `dispatch_failed` also of a shipment that then ended otherwise.
 _GAVE_UP_ITSELF: Final = "gave-up-itself"
 
-#: Runs that were reset before failed where an earlier run had been further, or had started the shipment.
-_AFTER_RESET: Final = "after-reset"
+#: Runs that began before failed where an earlier run, before a reset, had been further already.
+_CAUGHT_UP: Final = "caught-up"
+
+#: Runs that began before failed where an earlier one had started the shipment.
+_NEXT_SHIPMENT: Final = "next-shipment"
+
+#: Runs that were reset before refunded at once, whatever the shipment of an earlier run was about to do.
+_MAY_BE_UNDER_WAY: Final = "may-be-under-way"
+
+#: Runs that were reset before ended as they saw it themselves.
+_AS_WRITTEN_DOWN: Final = "as-written-down"
 
 #: Runs that were reset before told the shipment of an earlier run nothing.
 _TOLD_BY_ID: Final = "told-by-id"
@@ -130,6 +139,7 @@ class OrderWorkflow:
         self._step = Step.RECEIVED
         self._last_error: str | None = None
         self._written_down = False
+        self._caught_up = False
         self._review: Review | None = None
         self._cancel = False
         self._dispatch_failed: str | None = None
@@ -176,7 +186,7 @@ class OrderWorkflow:
                 await self._catch_up(error)
             if self._step.final:
                 break
-        if _is_reset() and workflow.patched(_AFTER_RESET):
+        if _is_reset(_AS_WRITTEN_DOWN):
             self._step = await self._locate()
         await workflow.wait_condition(workflow.all_handlers_finished)
         return OrderResult(order_id=self._order.order_id, step=self._step)
@@ -346,13 +356,13 @@ class OrderWorkflow:
     async def _catch_up(self, error: FailureError) -> None:
         """An earlier run of this order, before a reset, has been further than this one is. What is written down stands:
         a closed order is closed, and one whose charge has begun goes on from there, whatever was decided here."""
-        if not failed_with(error, IllegalTransition) or not workflow.patched(_AFTER_RESET):
+        if not failed_with(error, IllegalTransition) or not workflow.patched(_CAUGHT_UP):
             raise error
         step = await self._locate()
         if step.final:
             self._step = step
         elif step in _PAID_FOR and self._step not in _PAID_FOR:
-            self._step = Step.CHARGING
+            self._step, self._caught_up = Step.CHARGING, True
         else:
             raise error
 
@@ -365,7 +375,7 @@ class OrderWorkflow:
 
     def _may_be_under_way(self) -> bool:
         """Whether a shipment of an earlier run may have the parcel; then only that shipment may be called off."""
-        return _is_reset() and workflow.patched(_AFTER_RESET)
+        return self._caught_up or _is_reset(_MAY_BE_UNDER_WAY)
 
     def _called_off(self) -> bool:
         """Whether the order was cancelled while nobody has been told to ship."""
@@ -409,7 +419,7 @@ class OrderWorkflow:
                 id_reuse_policy=reuse,
             )
         except WorkflowAlreadyStartedError:
-            if not workflow.patched(_AFTER_RESET):
+            if not workflow.patched(_NEXT_SHIPMENT):
                 raise
             return None
 
@@ -419,7 +429,7 @@ class OrderWorkflow:
         try:
             await self._shipment.signal(signal, args=list(args))
         except FailureError:
-            if _is_reset() and workflow.patched(_TOLD_BY_ID):
+            if _is_reset(_TOLD_BY_ID):
                 # It may run: Temporal does not take it for a child of this run, which did not start it.
                 await self._tell_shipment_by_id(signal, *args)
                 return
@@ -708,10 +718,12 @@ def _refuse(error: type[Exception], reason: str) -> NoReturn:
     raise ApplicationError(reason, type=error.__name__, non_retryable=True)
 
 
-def _is_reset() -> bool:
-    """Whether this run goes on from the history of an earlier one: `temporal workflow reset`."""
+def _is_reset(change: str) -> bool:
+    """Whether this run goes on from the history of an earlier one: `temporal workflow reset`. If so, `change` is in
+    the history from now on, and it is the history that a replay goes by: what replays it may not know the run's id."""
     info = workflow.info()
-    return info.run_id != info.original_execution_run_id
+    reset = info.run_id != info.original_execution_run_id
+    return (reset or workflow.unsafe.is_replaying()) and workflow.patched(change)
 
 
 def _gave_up(error: ChildWorkflowError) -> bool:
