@@ -23,7 +23,8 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from app import db, failpoints
 from app.local.stack import LocalStack
-from app.order.models import Review, Verdict
+from app.order.models import Review, SignalPayload, Verdict
+from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.settings import Settings
 from app.shipping.models import Address
 from app.steps import Step
@@ -302,6 +303,37 @@ async def address_changed(shop: Shop) -> Order:
     return order
 
 
+async def flooded(shop: Shop) -> Order:
+    """More signals than are told or written: late approvals, then a late cancellation; and addresses that replace
+    each other while they wait."""
+    async with shop.closed():
+        order = await shop.order()
+        for number in range(MAX_ADDRESS_SIGNALS + 5):
+            await order.workflow.signal(OrderWorkflow.address, at_zip(f"{62700 + number}"))
+    await order.tells("address_changed")
+    async with shop.withholding(order.id):
+        await order.approve()
+        await shop.taken(order)
+        for _ in range(MAX_NOTES + 5):
+            await order.workflow.signal(OrderWorkflow.approve, SignalPayload())
+        await order.tells("approve_ignored", MAX_NOTES)
+        await order.cancel()
+        await order.ends()
+    return order
+
+
+async def decided_twice(shop: Shop) -> Order:
+    """The same answered calls again; the cancellation under ids of its own, during the charge."""
+    order = await shop.order()
+    async with shop.withholding(order.payment_id):
+        for _ in range(2):
+            await shop.service.review(order.id, Review(decision=Verdict.APPROVE))
+        await shop.charged(order)
+        for number in range(2):
+            await order.workflow.execute_update(OrderWorkflow.cancel_order, SignalPayload(), id=f"cancel-{number}")
+    return order
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
@@ -330,6 +362,8 @@ SCENARIOS: dict[str, Scenario] = {
         cancelled_before_shipment,
         reset_before_shipment,
         reset_and_cancelled,
+        flooded,
+        decided_twice,
     )
 }
 

@@ -913,12 +913,56 @@ async def closed_for_ever(client: httpx.AsyncClient, order_id: str, body: Any, f
     problem(other, 409, "OrderConflict")
     thief = await client.post(f"/orders/{new_id()}/start", json=body)
     problem(thief, 409, "PaymentConflict")
-    for name in ("approve", "cancel", "address", "review", "cancel, answered", "address, answered"):
-        refused = problem(await call(client, name, order_id), 409, "TooLate")
-        assert refused["detail"] == f"{order_id} is shipped", name
+    approval = await client.post(f"/orders/{order_id}/review", json={"decision": "approve"})
+    assert (approval.status_code, approval.json()) == (200, {"order_id": order_id, "step": "charging"})
+    late = {name: await call(client, name, order_id) for name in CALLS if "address" in name or "cancel" in name}
+    late["approve"] = await call(client, "approve", order_id)
+    late["reject"] = await client.post(f"/orders/{order_id}/review", json={"decision": "reject"})
+    for name, answer in late.items():
+        assert problem(answer, 409, "TooLate")["detail"] == f"{order_id} is shipped", name
     status = await client.get(f"/orders/{order_id}/status")
     assert status.json() == {"order_id": order_id, "step": "shipped", "last_error": None}
     assert await types_of(client, order_id) == WHOLE_LIFE
+
+
+async def test_too_many_signals_are_429_until_there_is_room_again(shop: httpx.AsyncClient) -> None:
+    order_id = await in_review(shop)
+    limit = Settings().changes_per_order
+    answers = [await call(shop, "address", order_id) for _ in range(limit + 1)]
+    assert {answer.status_code for answer in answers[:-1]} == {202}
+    refused = problem(answers[-1], 429, "TooManyChanges")
+    assert refused["detail"] == f"{order_id}: address"
+    assert int(answers[-1].headers["retry-after"]) == 36
+    assert (await call(shop, "approve", order_id)).status_code == 202
+    await until_step(shop, order_id, "shipped")
+
+
+async def test_order_whose_workflow_was_lost_is_503_and_not_too_late(shop: httpx.AsyncClient, temporal: Client) -> None:
+    order_id = await in_review(shop)
+    await temporal.get_workflow_handle(f"order/{order_id}").terminate()
+    for name in ("approve", "cancel", "address", "review", "cancel, answered", "address, answered"):
+        answer = await call(shop, name, order_id)
+        assert problem(answer, 503, "OrderLost")["detail"].startswith(f"{order_id} is awaiting_review"), name
+        assert answer.headers["retry-after"] == "60"
+
+
+async def test_a_repeated_decision_is_answered_as_the_first(shop: httpx.AsyncClient) -> None:
+    order_id = await in_review(shop)
+    first, again = [await call(shop, "review", order_id) for _ in range(2)]
+    assert (first.status_code, first.json()) == (200, {"order_id": order_id, "step": "charging"})
+    assert (again.status_code, again.json()) == (200, first.json())
+    await until_step(shop, order_id, "shipped")
+    assert (await call(shop, "review", order_id)).json() == first.json()
+
+
+async def test_an_idempotency_key_makes_calls_one_change(shop: httpx.AsyncClient) -> None:
+    order_id = await in_review(shop)
+    for key in ("k-1", "k-1", "k-2"):
+        answer = await shop.put(f"/orders/{order_id}/address", json=HOME, headers={"Idempotency-Key": key})
+        assert answer.status_code == 200
+    assert (await types_of(shop, order_id)).count("address_changed") == 2
+    long = await shop.put(f"/orders/{order_id}/address", json=HOME, headers={"Idempotency-Key": "k" * 201})
+    assert "header.idempotency-key" in fields(long)
 
 
 async def test_review_that_comes_too_late_is_refused_or_told(shop: httpx.AsyncClient) -> None:

@@ -23,7 +23,7 @@ _REMEMBERED: Final = 50_000
 
 #: Length of a history, in events, from which on it takes no more signals of a kind. A flood of addresses leaves room
 #: for an approval, and both leave room for a cancellation. A signal costs up to four events.
-ROOM: Final[dict[Change, int]] = {"address": 2000, "approve": 2500, "cancel": 3000}
+ROOM: Final[dict[Change, int]] = {"address": 1000, "approve": 1500, "cancel": 2000}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ChangeBudget:
         count = self._count(key, now)
         over = count + 1 - self._limit
         if over > 0:
-            return Spent(count, wait=math.ceil(over * _REFILLS_IN / self._limit))
+            return Spent(count, wait=math.ceil(round(over * _REFILLS_IN / self._limit, 3)))
         self._remember(key, count + 1, now)
         return Spent(count + 1)
 
