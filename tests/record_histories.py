@@ -334,6 +334,47 @@ async def decided_twice(shop: Shop) -> Order:
     return order
 
 
+async def address_of_a_newer_release(shop: Shop) -> Order:
+    """A signal with an address that has a field which this release does not know."""
+    order = await shop.order()
+    await order.workflow.signal("address", OFFICE.model_dump() | {"country": "NO"})
+    await order.tells("address_changed")
+    await order.approve()
+    return order
+
+
+async def _changed_after_approval(shop: Shop, after_review: str) -> Order:
+    order = await shop.order(after_review=after_review)
+    async with shop.withholding(order.payment_id):
+        await order.approve()
+        await shop.charged(order)
+        await order.send_to(OFFICE)
+        await order.tells("address_changed" if after_review == "review" else "address_ignored")
+    return order
+
+
+async def address_approved(shop: Shop) -> Order:
+    """Changed after the approval, and approved in a second review; a decision on the first address is refused."""
+    order = await _changed_after_approval(shop, "review")
+    await order.tells("review_reopened")
+    task = (await shop.repository.in_review(None, 1)).reviews[0]
+    await shop.service.review(order.id, Review(decision=Verdict.APPROVE, digest=task.digest, note="moved"))
+    return order
+
+
+async def address_rejected(shop: Shop) -> Order:
+    """Changed after the approval, and refunded by the second review."""
+    order = await _changed_after_approval(shop, "review")
+    await order.tells("review_reopened")
+    await shop.service.review(order.id, Review(decision=Verdict.REJECT))
+    return order
+
+
+async def address_denied(shop: Shop) -> Order:
+    """Approved for the address that it has."""
+    return await _changed_after_approval(shop, "deny")
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
@@ -364,6 +405,10 @@ SCENARIOS: dict[str, Scenario] = {
         reset_and_cancelled,
         flooded,
         decided_twice,
+        address_of_a_newer_release,
+        address_approved,
+        address_rejected,
+        address_denied,
     )
 }
 

@@ -365,6 +365,20 @@ def test_the_demo_price_is_on_by_itself_only_where_the_sandbox_takes_the_payment
     assert Settings(payment_url="https://p.example.com", demo_price="9.90").demo_price_in_force == Decimal("9.90")
 
 
+async def test_a_decision_on_what_has_changed_is_a_conflict(shop: httpx.AsyncClient) -> None:
+    order_id = await in_review(shop, address=HOME)
+    (task,) = [
+        task for task in (await shop.get("/reviews?limit=200")).json()["reviews"] if task["order_id"] == order_id
+    ]
+    assert task["digest"] == (await shop.get(f"/orders/{order_id}")).json()["digest"]
+    assert (await shop.put(f"/orders/{order_id}/address", json=OFFICE)).status_code == 200
+    review, decision = f"/orders/{order_id}/review", {"decision": "approve", "digest": task["digest"]}
+    problem(await shop.post(review, json=decision), 409, "ReviewOutdated")
+    assert "pattern" in fields(await shop.post(review, json=decision | {"digest": "abc"}))["body.digest"]
+    now = (await shop.get(f"/orders/{order_id}")).json()["digest"]
+    assert (await shop.post(review, json=decision | {"digest": now})).status_code == 200
+
+
 async def test_an_order_without_items_needs_a_price_for_it(shared_settings: Settings, temporal: Client) -> None:
     order_id = new_id()
     start, body = f"/orders/{order_id}/start", {"payment_id": f"pay-{order_id}"}

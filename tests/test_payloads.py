@@ -148,9 +148,22 @@ def _break_the_updates(history: dict[str, Any]) -> None:
             _change(argument, lambda value: value.update({"note": "x" * 5000, "line1": "x" * 5000, "tomorrow": 1}))
 
 
+def _send_a_field_of_tomorrow(history: dict[str, Any]) -> None:
+    """The address that was ignored, as it was none, becomes one with an unknown field: an earlier release ignored it
+    with the same words, so it must be ignored again."""
+    address = {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701", "country": "NO"}
+    (signal,) = (
+        event["workflowExecutionSignaledEventAttributes"]
+        for event in history["events"]
+        if event.get("workflowExecutionSignaledEventAttributes", {}).get("signalName") == "address"
+    )
+    signal["input"]["payloads"][0]["data"] = base64.b64encode(json.dumps(address).encode()).decode()
+
+
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
+        ("rejected.order", _send_a_field_of_tomorrow),
         ("shipped.order", _break_the_start),
         ("expired.order", _break_the_start),
         ("rejected.order", _break_the_updates),

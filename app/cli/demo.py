@@ -122,6 +122,9 @@ def demo(
 ) -> None:
     """Drive N orders through, and see that each ends as it should.
 
+    They name no items: where the API has no demo price (TRELLIS_DEMO_PRICE), as with a real payment provider, they are
+    refused, and nobody is charged.
+
     A call that gets no answer is repeated as it is: that charges nobody twice, also while something restarts.
     Exit code 1 means that an order ended otherwise than its scenario says.
     """

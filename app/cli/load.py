@@ -88,6 +88,8 @@ def load(
 ) -> None:
     """Start orders at a steady rate, and see that each ends as it should.
 
+    As with `demo`, they are refused where the API has no demo price.
+
     Half of them are approved and shipped; the others expire, are cancelled or declined, meet a flaky provider, or are
     refunded because the carrier refuses the address, a tenth each.
 

@@ -80,7 +80,11 @@ def start(
     payment_id: Annotated[str | None, typer.Option(help="The payment's id.", show_default='"pay-" and ID')] = None,
     item: Annotated[
         list[str] | None,
-        typer.Option(metavar="SKU:QTY:PRICE", help="What is ordered; may be repeated.", show_default="a demo item"),
+        typer.Option(
+            metavar="SKU:QTY:PRICE",
+            help="What is ordered; may be repeated.",
+            show_default="a demo item, where there is a price for it",
+        ),
     ] = None,
     currency: Annotated[str | None, typer.Option(help="ISO 4217 code.", show_default="USD")] = None,
     address: AddressText = None,
