@@ -47,20 +47,27 @@ class ProblemResponse(JSONResponse):
 
 
 _MEANINGS: Final[dict[int, str]] = {
+    403: "A browser sent it for another site. Nothing was changed.",
     404: "No order has this id.",
+    408: "The body did not arrive in time. Nothing was changed.",
     409: "It conflicts with what the order is, and `detail` says how. Nothing was changed.",
     413: "The body is over 64 KiB.",
+    415: "The body has a Content-Encoding. Nothing was changed.",
+    421: "The API does not answer to this `Host`; `TRELLIS_ALLOWED_HOSTS` lists its names.",
     422: "A field is not valid, and `errors` says which and why. Nothing was changed.",
-    503: "PostgreSQL or Temporal did not answer. Repeat the same call after `Retry-After` seconds.",
+    503: "PostgreSQL or Temporal did not answer, or too much is asked at once. Repeat the same call after "
+    "`Retry-After` seconds.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: the problems it answers with, besides 422 and 503, which all can."""
+    """For `responses=` of a route: the problems it answers with, besides those that all can; a route that names 413
+    has a body."""
+    body = {403, 408, 415} if 413 in statuses else set()
     return {
         status: {
             "description": _MEANINGS[status],
             "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
         }
-        for status in sorted({*statuses, 422, 503})
+        for status in sorted({*statuses, *body, 421, 422, 503})
     }
