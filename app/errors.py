@@ -155,6 +155,12 @@ class TimedOut(ServiceUnavailable):
     """The attempt ran out of time"""
 
 
+class TooManyStreams(TrellisError):
+    """Too many timelines are watched here"""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
 class WrongNamespace(TrellisError):
     """This database belongs to another Temporal namespace"""
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 MAX_BODY_BYTES: Final = 64 * 1024
+#: Of the name of a field that nobody knows, so much is repeated in the answer.
+MAX_NAME: Final = 64
 #: Of a body that is refused so much is read, and so long, before the answer.
 DISCARD_BYTES: Final = 8 * 1024 * 1024
 DISCARD_SECONDS: Final = 5.0
@@ -239,7 +241,10 @@ async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:
     # Without `input`, which FastAPI echoes by default: it can be an address, and NaN breaks the answer itself.
     return _invalid(
         *(
-            Fault(field=".".join(map(str, fault["loc"])), rule=fault["msg"].removeprefix("Value error, "))
+            Fault(
+                field=".".join(str(part)[:MAX_NAME] for part in fault["loc"]),
+                rule=fault["msg"].removeprefix("Value error, "),
+            )
             for fault in error.errors()
         )
     )

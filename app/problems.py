@@ -51,7 +51,13 @@ class ProblemResponse(JSONResponse):
 
 #: Codes of problems that are no `TrellisError`: refused before any code of ours, or by a server behind it.
 _OTHER_CODES: Final[dict[str, tuple[int, str]]] = {
+    "CrossSite": (403, "Another site may not change orders"),
+    "RequestTimeout": (408, "The body did not arrive in time"),
     "BodyTooLarge": (413, "The body is too large"),
+    "BodyEncoded": (415, "The body is encoded"),
+    "HostNotAllowed": (421, "This is not a name of this API"),
+    "Overloaded": (503, "Too much is asked at once"),
+    "NamespaceNotFound": (503, "Temporal has no such namespace"),
     "NotFound": (404, "There is no such path"),
     "MethodNotAllowed": (405, "The path does not take this method"),
     "DatabaseUnavailable": (503, "PostgreSQL did not answer"),
@@ -85,14 +91,18 @@ def code_schema() -> dict[str, Any]:
 
 
 _MEANINGS: Final[dict[int, str]] = {
+    403: "A browser sent it for another site. Nothing was changed.",
     404: "No order has this id.",
+    408: "The body did not arrive in time. Nothing was changed.",
     409: "It conflicts with what the order is, and `detail` says how. Nothing was changed.",
     413: "The body is over 64 KiB.",
+    415: "The body has a Content-Encoding. Nothing was changed.",
+    421: "The API does not answer to this `Host`; `TRELLIS_ALLOWED_HOSTS` lists its names.",
     422: "A field is not valid, and `errors` says which and why. Nothing was changed.",
     429: "The order has had too many changes of this kind. Nothing was changed. `Retry-After` says in how many seconds "
     "there is room again.",
-    503: "PostgreSQL, Temporal or a worker did not answer, or the order's workflow was lost and a repair is under way. "
-    "Repeat the same call after `Retry-After` seconds.",
+    503: "PostgreSQL, Temporal or a worker did not answer, too much is asked at once, or the order's workflow was lost "
+    "and a repair is under way. Repeat the same call after `Retry-After` seconds.",
 }
 
 
@@ -105,12 +115,14 @@ _RETRY_HEADER: Final = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: the problems it answers with, besides 422 and 503, which all can."""
+    """For `responses=` of a route: the problems it answers with, besides those that all can; a route that names 413
+    has a body."""
+    body = {403, 408, 415} if 413 in statuses else set()
     return {
         status: {
             "description": _MEANINGS[status],
             "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
             **({"headers": _RETRY_HEADER} if status in _TEMPORARY else {}),
         }
-        for status in sorted({*statuses, 422, 503})
+        for status in sorted({*statuses, *body, 421, 422, 503})
     }

@@ -23,6 +23,7 @@ from app import db, docs_page, gauges, metrics, serving, worker
 from app.edge import Hosts
 from app.http import create_app
 from app.order import feed
+from app.order.api import wants_stream
 from app.order.feed import EventFeed
 from app.order.models import Event, OrderPage
 from app.order.repository import OrderRepository
@@ -434,7 +435,7 @@ async def test_a_stream_ends_with_the_order_also_for_whoever_saw_more_than_there
     pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "HEARTBEAT", 0.2)
-    await _written(pool, "o-1", "awaiting_review")
+    await _written(pool, "o-1")
     timelines = EventFeed(OrderRepository(pool))
     async with asyncio.timeout(20):
         watching = timelines.watch("o-1", 10**9)  # the id is from before the database was restored
@@ -442,6 +443,38 @@ async def test_a_stream_ends_with_the_order_also_for_whoever_saw_more_than_there
         await pool.execute("UPDATE orders SET state = 'cancelled'")
         assert await _all_of(watching) == []
     await timelines.close()
+
+
+@pytest.mark.parametrize(
+    ("accept", "stream"),
+    [
+        ("text/event-stream", True),
+        ("Text/Event-Stream; charset=utf-8", True),
+        ("application/json, text/event-stream", True),
+        ("application/json;q=0.5, text/event-stream;q=0.8", True),
+        ("application/json, text/event-stream;q=0.5", False),
+        ("text/event-stream;q=0", False),
+        ("text/event-stream;q=nan", False),
+        ("*/*", False),
+        ("application/json", False),
+    ],
+)
+def test_a_stream_is_for_whoever_asks_for_one(accept: str, stream: bool) -> None:
+    assert wants_stream(accept) is stream
+
+
+async def test_a_field_that_nobody_knows_is_not_repeated_at_length(edge: httpx.AsyncClient) -> None:
+    answer = await edge.post("/orders/o-1/start", json={"payment_id": "p", "x" * 60_000: 1})
+    assert answer.status_code == 422
+    assert len(answer.content) < 1000
+
+
+async def test_probes_below_a_path_prefix_are_not_logged(logged: list[Any]) -> None:
+    async with running_app(create_app(Settings(**NOWHERE)), root_path="/shop") as url, httpx.AsyncClient() as client:
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+        assert (await client.get(f"{url}/docs/start.js")).status_code == 200
+        assert "docs/start.js" in (await client.get(f"{url}/docs")).text
+    assert [line["route"] for line in logged if line["event"] == "request"] == ["/docs", "/docs"]
 
 
 # --- what is refused is read first

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import quote
 
@@ -111,6 +112,8 @@ class Api:
             if not response.is_success:
                 response.read()
                 answer(response)
+            if response.status_code == HTTPStatus.NO_CONTENT:
+                raise CallFailed("the order has ended, and nothing followed the last event seen", ExitCode.REFUSED)
             yield server_sent(response.iter_bytes())
 
     def _call(self, method: str, path: str, **more: Any) -> Any:

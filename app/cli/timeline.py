@@ -37,6 +37,11 @@ def watch(api: Api, order_id: str) -> Iterator[Event]:
                     # A last note may follow the last step: the API closes the stream a moment later.
                     ended = ended or event["type"] in FINAL_STEPS
                     yield event
+            if not ended:
+                time.sleep(
+                    1
+                )  # a stream that has lasted long enough ends in order, and so does one of an API that stops
+                continue
             failed = CallFailed("the API closed the connection", ExitCode.UNAVAILABLE)
         except CallFailed as error:
             failed = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -208,7 +209,7 @@ async def events(
 ) -> Response | Events:
     """What happened, oldest first. With `Accept: text/event-stream` also what happens, until the order has ended."""
     status = await orders.service.status(order_id)
-    if "text/event-stream" not in accept:
+    if not wants_stream(accept):
         return await orders.repository.events(order_id)
     after = _event_number(last_event_id)
     if not status.step.final:
@@ -222,6 +223,20 @@ async def events(
 async def reviews(orders: Orders, after: After = None, limit: Limit = 50) -> ReviewPage:
     """Orders that wait for a decision, the most urgent first."""
     return await orders.repository.in_review(after, limit)
+
+
+def wants_stream(accept: str) -> bool:
+    """Whether a client prefers, or likes as well, a live timeline. It has to name it: `*/*` is JSON."""
+    weights = {"text/event-stream": 0.0, "application/json": 0.0}
+    for media_range in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in media_range.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        weights[name] = float(weight) if _WEIGHT.fullmatch(weight) else 0.0
+    return 0 < weights["text/event-stream"] >= weights["application/json"]
+
+
+#: RFC 9110, 12.4.2.
+_WEIGHT: Final = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?", re.ASCII)
 
 
 def _event_number(last_event_id: str | None) -> int:

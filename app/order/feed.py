@@ -8,15 +8,14 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from app import metrics, supervision
 from app.db import UNAVAILABLE
-from app.errors import TrellisError
+from app.errors import TooManyStreams
 from app.order.models import Event
 from app.steps import FINAL_STEPS
 
@@ -35,12 +34,6 @@ MOST_WAITING: Final = 1000
 LEAST_SHARE: Final = 0.8
 
 log = structlog.get_logger(__name__)
-
-
-class TooManyStreams(TrellisError):
-    """Too many timelines are watched here"""
-
-    status: ClassVar[HTTPStatus] = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 @dataclass(eq=False)
