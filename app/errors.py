@@ -124,6 +124,13 @@ class TimedOut(ServiceUnavailable):
     """The attempt ran out of time"""
 
 
+# --- what was set up wrongly --------------------------------------------------------------------------------
+
+
+class SettingsError(TrellisError):
+    """A setting is wrong"""
+
+
 # --- what must not happen ----------------------------------------------------------------------------------
 
 

@@ -56,7 +56,6 @@ def audit(
     Exit codes: 0 everything was looked at and is right; 1 violations; 2 wrong usage; 4 incomplete: something did not
     answer, and nothing wrong was found in the rest.
     """
-    from app import db
     from app.audit.auditor import Options
     from app.settings import load
 
@@ -65,12 +64,8 @@ def audit(
         return
     began = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     options = Options(since=began, page=page, settle_seconds=settle)
-    try:
-        # Beside a process that serves metrics, as in its container, the port is taken.
-        report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options))
-    except db.UNAVAILABLE as error:
-        typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
-        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+    # Beside a process that serves metrics, as in its container, the port is taken.
+    report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options))
     if as_json:
         output.as_json(report.model_dump(mode="json") | {"clean": report.clean})
     else:

@@ -35,12 +35,13 @@ class ExitCode(IntEnum):
     USAGE = 2
     REFUSED = 3
     UNAVAILABLE = 4
+    DEFECT = 70
 
 
 EXIT_CODES: Final = (
     "Exit codes: 0 ok; 1 an order ended otherwise than well (watch, demo); 2 wrong usage, or a value the API refuses "
     "(422); 3 the order is unknown or can no longer take this (404, 409); 4 the API or a server behind it is not "
-    "available."
+    "available, or a setting is wrong."
 )
 
 
@@ -61,7 +62,9 @@ def connect(url: str) -> Iterator[Api]:
         with unanswered(url), httpx.Client(base_url=url, timeout=TIMEOUT) as http:
             yield Api(http, url)
     except CallFailed as failed:
-        typer.echo(f"trellis: {failed}", err=True)
+        from app.cli import edge
+
+        edge.tell(edge.end_of(failed))
         raise typer.Exit(failed.code) from failed
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.errors import TrellisError
+from app.cli.client import ExitCode
+from app.errors import SettingsError, TrellisError
 from app.local.processes import LocalError, PortTaken, ServerDied, free_port, listen
 from app.local.stack import LocalStack
 
@@ -109,7 +110,7 @@ async def _run(options: Options) -> int:
         code = await this_run.to_the_end()
     except TrellisError as error:
         typer.echo(f"trellis: {error}", err=True)
-        code = 1
+        code = ExitCode.UNAVAILABLE if isinstance(error, SettingsError) else ExitCode.ENDED_OTHERWISE
     if this_run.started:
         # Inside the event loop: its end would wait again for what was not drained, and print what that says.
         _leave(code)

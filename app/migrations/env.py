@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import psycopg
+from functools import partial
+
 from alembic import context
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, pool, text
+
+from app.db import libpq_connection
 
 # Any constant will do; it keeps two migrating processes apart in one database.
 LOCK = 7_217_001
@@ -14,9 +17,9 @@ config = context.config
 
 
 def migrate_online() -> None:
-    # The URL goes to libpq as it is: SQLAlchemy's own reading of it knows no list of hosts and no `postgres://`.
+    # SQLAlchemy's own reading of a URL knows no list of hosts and no `postgres://`.
     url = config.attributes["url"]
-    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=pool.NullPool)
+    engine = create_engine("postgresql+psycopg://", creator=partial(libpq_connection, url), poolclass=pool.NullPool)
     with engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
         newer = _is_newer(connection)
