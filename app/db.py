@@ -301,17 +301,19 @@ def _no_libpq_variables() -> Iterator[None]:
 _environment: Final = threading.Lock()
 
 
-def migrate(database_url: str) -> str:
+def migrate(database_url: str, *, lock_wait: float = 600) -> str:
     """Bring the schema to this release's, and leave a newer one alone; the revision it is at afterwards.
 
-    Waits for another process that is migrating; repeating it is harmless.
+    Waits for another process that is migrating, `lock_wait` seconds at most; repeating it is harmless.
 
     Raises:
+        DatabaseUnavailable: another process holds the lock of the migration for longer than that.
         sqlalchemy.exc.OperationalError: the database cannot be reached.
     """
     from alembic import command
 
     config = _alembic_config(database_url)
+    config.attributes["lock_wait"] = lock_wait
     command.upgrade(config, "head")
     revision: str = config.attributes["revision"]
     return revision
