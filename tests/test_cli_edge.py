@@ -233,3 +233,26 @@ def test_telemetry_that_is_set_up_wrongly_is_named(monkeypatch: pytest.MonkeyPat
     end = edge.end_of(wrong.value)
     assert end.code == UNAVAILABLE
     assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in end.message
+
+
+# --- the environment of the shell -----------------------------------------------------------------------------
+
+#: What a shell may hold that was meant for other servers.
+SHELL = {
+    "ALL_PROXY": "socks5://127.0.0.1:1",
+    "HTTP_PROXY": "http://127.0.0.1:1",
+    "HTTPS_PROXY": "not a proxy",
+    "SSL_CERT_FILE": "/nowhere/ca.pem",
+}
+
+
+@pytest.mark.parametrize("variable", SHELL)
+def test_no_variable_keeps_a_command_from_this_machine(trellis: Trellis, variable: str) -> None:
+    """With no API there, it says that; with one, it would reach it."""
+    url = f"http://127.0.0.1:{free_port()}"
+    one_line(trellis("order", "status", "o-1", "--url", url, **{variable: SHELL[variable]}), f"no API at {url}")
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "SSL_CERT_FILE"])
+def test_a_variable_that_counts_and_is_wrong_is_named(trellis: Trellis, variable: str) -> None:
+    one_line(trellis("order", "status", "o-1", "--url", "https://192.0.2.1", **{variable: SHELL[variable]}), variable)

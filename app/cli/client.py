@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import typer
 
@@ -59,13 +60,51 @@ def connect(url: str) -> Iterator[Api]:
     import httpx
 
     try:
-        with unanswered(url), httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+        with building_client():
+            client = httpx.Client(base_url=url, timeout=TIMEOUT, trust_env=trusts_environment(url))
+        with unanswered(url), client as http:
             yield Api(http, url)
     except CallFailed as failed:
         from app.cli import edge
 
         edge.tell(edge.end_of(failed))
         raise typer.Exit(failed.code) from failed
+
+
+def trusts_environment(url: str) -> bool:
+    """Whether proxies and certificates that the environment names apply: not on this machine, where no proxy knows the
+    way to, and what listens is most likely ours."""
+    from app.database_url import is_local
+
+    try:
+        return not is_local((urlsplit(url).hostname or "").lower())
+    except ValueError:
+        return True
+
+
+@contextmanager
+def building_client() -> Iterator[None]:
+    """Put into words what a client finds wrong with its environment before it asks anybody.
+
+    Raises:
+        CallFailed: a proxy that is none, a certificate that is not there.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.InvalidURL as error:
+        raise CallFailed("that is not an address; --url takes http://host:port", ExitCode.USAGE) from error
+    except Exception as error:
+        names = ", ".join(name for name in _OF_CLIENTS if name in os.environ or name.lower() in os.environ)
+        if not names:
+            raise
+        words = str(error).partition("\n")[0]
+        raise CallFailed(f"{names} in the environment: {words}", ExitCode.UNAVAILABLE) from error
+
+
+#: What httpx reads, and may choke on.
+_OF_CLIENTS: Final = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class Api:

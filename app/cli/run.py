@@ -104,6 +104,7 @@ def run(
 
 
 async def _run(options: Options) -> int:
+    _forget_other_servers()
     this_run = _Run(options)
     try:
         _check_ports(options)
@@ -115,6 +116,12 @@ async def _run(options: Options) -> int:
         # Inside the event loop: its end would wait again for what was not drained, and print what that says.
         _leave(code)
     return code
+
+
+def _forget_other_servers() -> None:
+    """libpq's variables mean a database that somebody works with in this shell, and what is started here is ours."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
 
 
 class _Run:
