@@ -138,9 +138,7 @@ class LocalPostgres(LocalServer):
         """Create the database `name`, owned by the role of `url`, unless it exists."""
         import asyncpg
 
-        connection = await asyncpg.connect(
-            self.url(MAINTENANCE), ssl=False, target_session_attrs="any", direct_tls=False
-        )
+        connection = await asyncpg.connect(self.url(MAINTENANCE), ssl=False)
         try:
             if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
                 quoted = name.replace('"', '""')
@@ -154,9 +152,7 @@ class LocalPostgres(LocalServer):
         import asyncpg
 
         try:
-            connection = await asyncpg.connect(
-                self.url(MAINTENANCE), ssl=False, target_session_attrs="any", direct_tls=False
-            )
+            connection = await asyncpg.connect(self.url(MAINTENANCE), ssl=False)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return False
         await connection.close()
