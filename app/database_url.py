@@ -108,7 +108,7 @@ class DatabaseAddress:
         )
 
     def for_libpq(self) -> dict[str, str]:
-        """Parameters of `psycopg.connect`, called `without_libpq_environment`."""
+        """Parameters of `psycopg.connect`."""
         return dict(self.parameters)
 
     def for_asyncpg(self) -> dict[str, Any]:

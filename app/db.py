@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import socket
 import ssl
+import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +26,7 @@ from app import database_url, metrics
 from app.errors import DatabaseUnavailable, TrellisError
 
 if TYPE_CHECKING:
+    import psycopg
     from alembic.config import Config
 
     from app.settings import Settings
@@ -270,17 +273,47 @@ def _keep_alive(connection: asyncpg.Connection, options: Mapping[str, int]) -> N
             used.setsockopt(level, getattr(socket, option), value)
 
 
-def migrate(database_url: str) -> str:
-    """Bring the schema to this release's, and leave a newer one alone; the revision it is at afterwards.
-
-    Waits for another process that is migrating; repeating it is harmless.
+def libpq_connection(url: str) -> psycopg.Connection:
+    """A connection of libpq, with nothing of the environment but what `database_url` takes from it.
 
     Raises:
+        psycopg.OperationalError: there is none to be had.
+    """
+    import psycopg
+
+    given = {"connect_timeout": "10", "fallback_application_name": "trellis-migrate"}
+    given |= database_url.read(url).for_libpq()
+    with _no_libpq_variables():
+        return psycopg.connect(**given)  # type: ignore[arg-type] # each is a string
+
+
+@contextmanager
+def _no_libpq_variables() -> Iterator[None]:
+    """libpq has no other way to be asked without them: what is empty counts as not given, and some lead elsewhere."""
+    with _environment:
+        kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PG")}
+        try:
+            yield
+        finally:
+            os.environ.update(kept)
+
+
+_environment: Final = threading.Lock()
+
+
+def migrate(database_url: str, *, lock_wait: float = 600) -> str:
+    """Bring the schema to this release's, and leave a newer one alone; the revision it is at afterwards.
+
+    Waits for another process that is migrating, `lock_wait` seconds at most; repeating it is harmless.
+
+    Raises:
+        DatabaseUnavailable: another process holds the lock of the migration for longer than that.
         sqlalchemy.exc.OperationalError: the database cannot be reached.
     """
     from alembic import command
 
     config = _alembic_config(database_url)
+    config.attributes["lock_wait"] = lock_wait
     command.upgrade(config, "head")
     revision: str = config.attributes["revision"]
     return revision

@@ -176,6 +176,13 @@ class OrderLost(TrellisError):
     retry_after = 60
 
 
+# --- what was set up wrongly --------------------------------------------------------------------------------
+
+
+class SettingsError(TrellisError):
+    """A setting is wrong"""
+
+
 # --- what must not happen ----------------------------------------------------------------------------------
 
 

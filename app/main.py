@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from app import partners, worker
-from app.http import create_app
-from app.order.worker import order_worker
-from app.settings import SettingsError, load
-from app.shipping.worker import shipping_worker
+from app.cli import edge
+from app.settings import load
 from app.telemetry import configure_logging
 
 if TYPE_CHECKING:
@@ -33,6 +30,9 @@ def create(settings: Settings) -> FastAPI:
 
     `app.state.workers_failed` tells whoever runs it whether the end was a failure.
     """
+    # Not before: OpenTelemetry reads its variables when it is imported, and raises what is wrong with them.
+    from app.http import create_app
+
     app = create_app(settings, beside=lambda services: _workers(app, services))
     app.state.workers_failed = False
     return app
@@ -40,6 +40,10 @@ def create(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _workers(app: FastAPI, services: Services) -> AsyncIterator[None]:
+    from app import worker
+    from app.order.worker import order_worker
+    from app.shipping.worker import shipping_worker
+
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
     running.add_done_callback(partial(_end_the_process_on_failure, app))
@@ -65,9 +69,13 @@ def __getattr__(name: str) -> Any:
     if name == "app":
         try:
             settings = load()
+            from app import partners
+
             partners.check(settings)
-        except SettingsError as error:
-            sys.exit(f"trellis: {error}")
-        configure_logging(settings)
-        return create(settings)
+            configure_logging(settings)
+            return create(settings)
+        except Exception as error:  # noqa: BLE001 - uvicorn would print its stack
+            end = edge.end_of(error)
+            edge.tell(end, error)
+            sys.exit(end.code)
     raise AttributeError(name)

@@ -19,8 +19,9 @@ import httpx
 import structlog
 
 from app import tracing
+from app.errors import SettingsError
 from app.metrics import SANDBOX_IN_USE
-from app.settings import VISIBLE, PartnerSettings, SettingsError
+from app.settings import VISIBLE, PartnerSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -24,7 +28,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import database_url
-from app.errors import TrellisError
+from app.errors import SettingsError
 
 #: A name of a host, or `*.` and one.
 _HOST: Final = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9])?)*")
@@ -36,10 +40,6 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 VISIBLE: Final = r"[\x21-\x7e]+"
 #: What an order without items costs where the built-in sandbox takes the payments, the same figure in every currency.
 SANDBOX_DEMO_PRICE: Final = Decimal("50.00")
-
-
-class SettingsError(TrellisError):
-    """A setting is wrong"""
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,13 @@ class Settings(BaseSettings):
             database_url.read(value.get_secret_value())
         return value
 
+    @field_validator("temporal_tls_ca", "temporal_tls_cert", "temporal_tls_key")
+    @classmethod
+    def _is_a_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not os.access(value, os.R_OK):
+            raise ValueError(f"there is no file {value} that this process may read")
+        return value
+
     @field_validator("payment_url", "carrier_url", mode="before")
     @classmethod
     def _url_without_credentials(cls, url: object, info: ValidationInfo) -> object:
@@ -418,11 +425,14 @@ def _check_url(url: str, token: str) -> None:
 
 
 def load(**overrides: Any) -> Settings:
-    """The settings of this process; `overrides` go before the environment.
+    """The settings of this process; `overrides` go before the environment. A variable that is like one of ours and is
+    none is named on standard error, once.
 
     Raises:
         SettingsError: a value is wrong; the message names the variable and the rule.
     """
+    for warning in misspelt(os.environ):
+        _warn(warning)
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -430,6 +440,29 @@ def load(**overrides: Any) -> Settings:
             f"{_variable_of(fault['loc'])}{fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()
         )
         raise SettingsError("; ".join(faults)) from None
+
+
+#: What else begins like a setting: the command line's own, those of the tests and of compose.yaml, and what Kubernetes
+#: sets in every container for a Service whose name begins with ours.
+_NO_SETTINGS: Final = re.compile(
+    r"TRELLIS_(URL|IMAGE|TEST_.*|.*_SERVICE_(HOST|PORT)(_.*)?|.*_PORT(_\d+_(TCP|UDP|SCTP).*)?)"
+)
+
+
+def misspelt(environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that is no setting, with the one that was probably meant."""
+    known = [variable(name) for name in Settings.model_fields]
+    lines = []
+    for name in sorted(environment):
+        if name.startswith("TRELLIS_") and name not in known and not _NO_SETTINGS.fullmatch(name):
+            near = difflib.get_close_matches(name, known, n=1)
+            lines.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return lines
+
+
+@cache
+def _warn(line: str) -> None:
+    sys.stderr.write(f"trellis: warning: {line}\n")
 
 
 def _variable_of(place: tuple[int | str, ...]) -> str:

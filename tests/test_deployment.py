@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from app import deployment
 from app.cli.main import app
 from app.deployment import NotPromoted, Promotion, versions
+from app.errors import SettingsError
 from app.reconcile.models import ReconcileReport, ReconcileRequest
 from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.workflows import ReconcileWorkflow
-from app.settings import SettingsError, load
+from app.settings import load
 from app.steps import Step
 from tests.shop import Order, Shop, fresh_settings, open_shop
 from tests.support import until

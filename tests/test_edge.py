@@ -21,13 +21,14 @@ from structlog.testing import capture_logs
 
 from app import db, docs_page, gauges, metrics, serving, worker
 from app.edge import Hosts
+from app.errors import SettingsError
 from app.http import create_app
 from app.order import feed
 from app.order.api import wants_stream
 from app.order.feed import EventFeed
 from app.order.models import Event, OrderPage
 from app.order.repository import OrderRepository
-from app.settings import Settings, SettingsError, load
+from app.settings import Settings, load
 from tests.support import serving as running_app
 from tests.support import until, until_step
 from tests.telemetry import environment, free_port, started, until_ready

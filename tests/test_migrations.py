@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -218,17 +219,134 @@ async def test_a_second_migration_waits_for_the_first(empty_database_url: str) -
     async with connected(empty_database_url) as connection:
         await connection.execute("SELECT pg_advisory_lock($1)", lock)
         migrating = asyncio.create_task(asyncio.to_thread(db.migrate, empty_database_url))
-        waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
-        async with asyncio.timeout(20):
-            while True:
-                if await connection.fetchval(waits):
-                    break
-                await asyncio.sleep(0.01)
+        asked = """
+            SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+            AND application_name = 'trellis-migrate' AND query LIKE '%pg_locks%')
+        """
+        await until(lambda: connection.fetchval(asked), "the migration to ask who holds its lock")
         assert await connection.fetchval("SELECT to_regclass('orders') IS NULL")
         assert not migrating.done()
         await connection.execute("SELECT pg_advisory_unlock($1)", lock)
         await asyncio.wait_for(migrating, 20)
         assert await connection.fetchval("SELECT to_regclass('orders') IS NOT NULL")
+
+
+# --- beside traffic ------------------------------------------------------------------------------------------
+
+#: Migrations that may do without, and why.
+EXEMPT = {"0001_orders.py": "it makes the tables: nobody waits for what is not there"}
+
+#: What keeps others waiting, as a pattern; and what to do instead.
+CARELESS = {
+    r"\bop\.\w+\(": "use app.migrations.online, which gives up a lock and comes back",
+    r"ADD\s+(COLUMN|CONSTRAINT)(?=[^;]*?\b(CHECK|REFERENCES|FOREIGN KEY)\b)(?![^;]*NOT VALID)": (
+        "add_check, add_foreign_key"
+    ),
+    r"CREATE\s+(UNIQUE\s+)?INDEX(?!\s+CONCURRENTLY)": "create_index",
+    r"DROP\s+INDEX(?!\s+CONCURRENTLY)": "drop_index",
+    r"ALTER\s+(COLUMN\s+)?\w+\s+(SET\s+DATA\s+)?TYPE": "rewrites the table: a new column, filled in batches",
+    r"SET\s+NOT\s+NULL": "add_check(… IS NOT NULL), which PostgreSQL takes for a proof",
+}
+
+
+def carelessness(source: str) -> list[str]:
+    """What in a migration keeps traffic waiting."""
+    return [instead for pattern, instead in CARELESS.items() if re.search(pattern, source, re.IGNORECASE)]
+
+
+def test_no_migration_keeps_traffic_waiting() -> None:
+    from app.migrations import versions
+
+    scripts = [path for path in Path(versions.__path__[0]).glob("*.py") if path.name != "__init__.py"]
+    assert len(scripts) == len(revisions())
+    for script in scripts:
+        if script.name not in EXEMPT:
+            assert carelessness(script.read_text()) == [], script.name
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'op.execute("ALTER TABLE orders ADD COLUMN x TEXT")',
+        "quickly(\"ALTER TABLE orders ADD COLUMN trace_id TEXT CHECK (trace_id ~ 'x')\")",
+        'quickly("ALTER TABLE orders ADD CONSTRAINT c CHECK (total > 0)")',
+        'quickly("ALTER TABLE payments ADD COLUMN o TEXT REFERENCES orders (id)")',
+        'quickly("CREATE INDEX i ON orders (state)")',
+        'quickly("CREATE UNIQUE INDEX i ON orders (state)")',
+        'quickly("DROP INDEX i")',
+        'quickly("ALTER TABLE orders ALTER COLUMN total TYPE BIGINT")',
+        'quickly("ALTER TABLE orders ALTER COLUMN total SET NOT NULL")',
+    ],
+)
+def test_a_careless_migration_is_found(source: str) -> None:
+    assert carelessness(source)
+
+
+async def test_traffic_goes_on_while_a_migration_waits_for_a_long_reader(empty_database_url: str) -> None:
+    first, *later = revisions()
+    await asyncio.to_thread(upgrade_to, empty_database_url, first)
+    await fill(empty_database_url)
+    served = 0
+
+    async def traffic() -> None:
+        nonlocal served
+        async with connected(empty_database_url) as connection:
+            while True:
+                await connection.fetchval("UPDATE orders SET last_error = NULL WHERE id = 'o-1' RETURNING state")
+                served += 1
+                await asyncio.sleep(0.01)
+
+    async with connected(empty_database_url) as reader, connected(empty_database_url) as looking:
+        async with reader.transaction():
+            await reader.fetch("SELECT * FROM orders")
+            going, migrating = (
+                asyncio.create_task(traffic()),
+                asyncio.create_task(asyncio.to_thread(db.migrate, empty_database_url)),
+            )
+            await until(
+                lambda: looking.fetchval(
+                    "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass)", "orders"
+                ),
+                "the migration to wait for its lock",
+            )
+            before = served
+
+            async def served_again() -> bool:
+                return served > before + 20
+
+            await until(served_again, "calls that are answered while the migration waits", 20)
+            assert not migrating.done()
+            assert await looking.fetchval("SELECT version_num FROM alembic_version") == first
+        await asyncio.wait_for(migrating, 60)
+        going.cancel()
+        assert await looking.fetchval("SELECT version_num FROM alembic_version") == later[-1]
+        assert await looking.fetchval(
+            "SELECT bool_and(convalidated) FROM pg_constraint WHERE conrelid = 'orders'::regclass"
+        )
+
+
+async def test_the_lock_of_a_migration_is_not_waited_for_without_end(
+    empty_database_url: str,
+) -> None:
+    """As a session behind a pooler keeps it: who holds it is said, and the command ends."""
+    source = (Path(db.__file__).parent / "migrations" / "env.py").read_text()
+    lock = next(int(line.split("=")[1].replace("_", "")) for line in source.splitlines() if line.startswith("LOCK ="))
+    async with connected(empty_database_url) as holder:
+        await holder.execute("SET application_name = 'the one'")
+        await holder.execute("SELECT pg_advisory_lock($1)", lock)
+        with pytest.raises(DatabaseUnavailable, match=r"held by pid \d+, the one, since "):
+            await asyncio.wait_for(asyncio.to_thread(db.migrate, empty_database_url, lock_wait=1), 60)
+
+
+async def test_an_interrupted_migration_is_run_again_from_its_beginning(empty_database_url: str) -> None:
+    first, second = revisions()[:2]
+    await asyncio.to_thread(upgrade_to, empty_database_url, second)
+    wanted = await schema_of(empty_database_url)
+    async with connected(empty_database_url) as connection:
+        # As it is when the process ended before the last statement of the migration.
+        await connection.execute(f"UPDATE alembic_version SET version_num = '{first}'")
+    await asyncio.to_thread(upgrade_to, empty_database_url, second)
+    assert await schema_of(empty_database_url) == wanted
 
 
 # --- waiting ------------------------------------------------------------------------------------------------

@@ -57,9 +57,7 @@ def audit(
     time and are marked unconfirmed; 2 wrong usage; 4 incomplete: something did not answer, and nothing wrong was found
     in the rest.
     """
-    from app import db
     from app.audit.auditor import Options
-    from app.errors import InvalidRequest, WrongNamespace
     from app.settings import load
 
     if kinds:
@@ -67,15 +65,8 @@ def audit(
         return
     began = datetime.now(UTC) - timedelta(hours=since) if since is not None else None
     options = Options(since=began, page=page, settle_seconds=settle)
-    try:
-        # Beside a process that serves metrics, as in its container, the port is taken.
-        report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options, timeout))
-    except (InvalidRequest, WrongNamespace) as error:
-        typer.echo(f"trellis: {error}", err=True)
-        raise typer.Exit(ExitCode.USAGE) from None
-    except db.UNAVAILABLE as error:
-        typer.echo(f"trellis: PostgreSQL did not answer ({type(error).__name__})", err=True)
-        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+    # Beside a process that serves metrics, as in its container, the port is taken.
+    report = asyncio.run(_audit(load(metrics_port=0), partners, temporal, options, timeout))
     if as_json:
         output.as_json(report.model_dump(mode="json") | {"clean": report.clean})
     else:

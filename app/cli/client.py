@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import typer
 
@@ -36,12 +37,13 @@ class ExitCode(IntEnum):
     USAGE = 2
     REFUSED = 3
     UNAVAILABLE = 4
+    DEFECT = 70
 
 
 EXIT_CODES: Final = (
     "Exit codes: 0 ok; 1 an order ended otherwise than well (watch, demo); 2 wrong usage, or a value the API refuses "
     "(422); 3 the order is unknown or can no longer take this (404, 409); 4 the API or a server behind it is not "
-    "available, or takes no more for a while (429)."
+    "available, takes no more for a while (429), or a setting is wrong."
 )
 
 
@@ -64,19 +66,52 @@ def connect(url: str, *, timeout: float = TIMEOUT, quiet: bool = False) -> Itera
     import httpx
 
     try:
-        with unanswered(url), httpx.Client(base_url=url, timeout=timeout, trust_env=proxied(url)) as http:
+        with building_client():
+            client = httpx.Client(base_url=url, timeout=timeout, trust_env=trusts_environment(url))
+        with unanswered(url), client as http:
             yield Api(http, url)
     except CallFailed as failed:
+        from app.cli import edge
+
         if not quiet:
-            typer.echo(f"trellis: {failed}", err=True)
+            edge.tell(edge.end_of(failed))
         raise typer.Exit(failed.code) from failed
 
 
-def proxied(url: str) -> bool:
-    """Whether the environment's proxies are for calls to this URL: none of them leads to this machine."""
-    from app.settings import is_loopback
+def trusts_environment(url: str) -> bool:
+    """Whether proxies and certificates that the environment names apply: not on this machine, where no proxy knows the
+    way to, and what listens is most likely ours."""
+    from app.database_url import is_local
 
-    return not is_loopback(url)
+    try:
+        return not is_local((urlsplit(url).hostname or "").lower())
+    except ValueError:
+        return True
+
+
+@contextmanager
+def building_client() -> Iterator[None]:
+    """Put into words what a client finds wrong with its environment before it asks anybody.
+
+    Raises:
+        CallFailed: a proxy that is none, a certificate that is not there.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.InvalidURL as error:
+        raise CallFailed("that is not an address; --url takes http://host:port", ExitCode.USAGE) from error
+    except Exception as error:
+        names = ", ".join(name for name in _OF_CLIENTS if name in os.environ or name.lower() in os.environ)
+        if not names:
+            raise
+        words = str(error).partition("\n")[0]
+        raise CallFailed(f"{names} in the environment: {words}", ExitCode.UNAVAILABLE) from error
+
+
+#: What httpx reads, and may choke on.
+_OF_CLIENTS: Final = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class Api:

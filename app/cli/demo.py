@@ -25,7 +25,7 @@ from app.cli.client import (
     answer,
     connect,
     order_path,
-    proxied,
+    trusts_environment,
     unanswered,
 )
 from app.steps import Step
@@ -161,7 +161,9 @@ async def _drive_all(report: Report, url: str, concurrency: int, patience: float
         task = progress.add_task("orders", total=len(report.drives))
         # In this order, so that Ctrl-C stops the drivers before their connections close.
         async with (
-            httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=httpx.Limits(), trust_env=proxied(url)) as http,
+            httpx.AsyncClient(
+                base_url=url, timeout=TIMEOUT, limits=httpx.Limits(), trust_env=trusts_environment(url)
+            ) as http,
             asyncio.TaskGroup() as group,
         ):
 

@@ -36,7 +36,8 @@ def promote(
     The current version gets the orders that begin, and those on their way that are not pinned to another. Repeating
     this is harmless, and promoting an older version is how one goes back.
 
-    Exit codes: 0 it is current; 1 it could not be made so in time, or Temporal refuses; 2 wrong usage.
+    Exit codes: 0 it is current; 2 wrong usage; 4 it could not be made so in time, or Temporal did not
+    answer or refuses.
     """
     from app.deployment import Promotion
     from app.settings import load
@@ -76,16 +77,10 @@ def show(name: Name = None, as_json: AsJson = False) -> None:
 
 
 async def _carry_out(settings: Settings, promotion: Promotion, timeout: float) -> None:
-    from temporalio.service import RPCError
-
     from app import temporal
 
     client = await temporal.connect(settings)
-    try:
-        await promotion.carry_out(client, timeout=timeout, say=output.remark)
-    except (RPCError, RuntimeError) as error:
-        typer.echo(f"trellis: Temporal refuses to promote {promotion.name}: {error}", err=True)
-        raise typer.Exit(ExitCode.ENDED_OTHERWISE) from None
+    await promotion.carry_out(client, timeout=timeout, say=output.remark)
 
 
 async def _versions(settings: Settings, name: str) -> list[Version]:
@@ -97,10 +92,11 @@ async def _versions(settings: Settings, name: str) -> list[Version]:
     client = await temporal.connect(settings)
     try:
         return await versions(client, name)
-    except (RPCError, RuntimeError) as error:
-        unknown = isinstance(error, RPCError) and error.status is RPCStatusCode.NOT_FOUND
-        typer.echo(f"trellis: {error}" if unknown else f"trellis: Temporal did not answer ({error})", err=True)
-        raise typer.Exit(ExitCode.ENDED_OTHERWISE if unknown else ExitCode.UNAVAILABLE) from None
+    except RPCError as error:
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            raise
+        typer.echo(f"trellis: {error}", err=True)
+        raise typer.Exit(ExitCode.ENDED_OTHERWISE) from None
 
 
 def _name(given: str | None, settings: Settings) -> str:

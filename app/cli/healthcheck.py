@@ -7,6 +7,7 @@ process: on the metrics port, which every role has, or on the API's where that i
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 import urllib.error
@@ -39,7 +40,8 @@ def _fault(url: str) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         return f"{url}: {error.code} {error.read(500).decode(errors='replace')}"
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # ValueError: TRELLIS_METRICS_PORT or TRELLIS_API_PORT is no number.
         return f"{url}: {error}"
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 import typer
 
 from app.cli import output
-from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, ExitCode, Url, connect, proxied
+from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, ExitCode, Url, connect, trusts_environment
 from app.cli.demo import MIX, SHIP, Drive, Driver, Report, Scenario, duration, percentile, tell_of
 from app.steps import Step
 
@@ -154,8 +154,9 @@ class _Load:
                 limits = httpx.Limits(max_connections=100)
                 # A follower asks again soon; it need not be first in the queue for a connection.
                 timeout = httpx.Timeout(TIMEOUT, pool=self._plan.patience)
-                env = proxied(self._url)
-                async with httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits, trust_env=env) as http:
+                async with httpx.AsyncClient(
+                    base_url=self._url, timeout=timeout, limits=limits, trust_env=trusts_environment(self._url)
+                ) as http:
                     await self._start_orders(http)
                     await self._wait_for_orders()
             finally:

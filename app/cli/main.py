@@ -11,7 +11,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from app.cli import deployment, namespace, order, serve
+from app.cli import deployment, edge, namespace, order, serve
 from app.cli.audit import audit
 from app.cli.client import EXIT_CODES
 from app.cli.demo import demo
@@ -20,7 +20,6 @@ from app.cli.reconcile import reconcile
 from app.cli.run import run
 from app.cli.sandbox import sandbox
 from app.cli.watch import watch
-from app.errors import TrellisError
 
 
 def _print_version(asked: bool) -> None:
@@ -69,18 +68,27 @@ _CORE: Final = "temporalio.bridge.temporal_sdk_bridge"
 
 
 def main() -> NoReturn:
-    """The console script. What went wrong is one line on standard error, never a stack trace."""
-    code: str | int | None = 0
+    """The console script."""
+    code = run_command()
+    if _CORE in sys.modules:
+        _end_beside_the_core(code)
+    sys.exit(code)
+
+
+def run_command() -> int:
+    """Do what the command line says; the exit code. What went wrong is one line on standard error, never a stack."""
     try:
         app()
-    except SystemExit as end:
-        code = end.code
-    except TrellisError as error:
-        typer.echo(f"trellis: {error}", err=True)
-        code = 1
-    if _CORE in sys.modules and not isinstance(code, str):
-        _end_beside_the_core(code or 0)
-    sys.exit(code)
+    except SystemExit as exit_:
+        if exit_.code is None or isinstance(exit_.code, int):
+            return exit_.code or 0
+        typer.echo(exit_.code, err=True)
+        return 1
+    except Exception as error:  # noqa: BLE001 - the edge: there is nobody behind it
+        end = edge.end_of(error)
+        edge.tell(end, error)
+        return end.code
+    return 0
 
 
 def _end_beside_the_core(code: int) -> NoReturn:

@@ -45,12 +45,8 @@ def reconcile(
 
     Exit codes: 0 nothing is left to do; 1 something is (in a dry run: would be done); 2 wrong usage, or a Temporal
     that knows too few of the orders; 3 something unexpected stands in the way of an order, which is for a person; 4
-    PostgreSQL or Temporal did not answer.
+    PostgreSQL or Temporal did not answer or refuses, or a setting is wrong.
     """
-    from temporalio.service import RPCError
-
-    from app import db
-    from app.errors import InvalidRequest, WrongNamespace
     from app.reconcile.models import ReconcileRequest
     from app.settings import load
 
@@ -61,17 +57,10 @@ def reconcile(
     )
     # Beside a process that serves metrics, as in its container, the port is taken.
     settings = load(metrics_port=0)
-    try:
-        if every is not None:
-            asyncio.run(_schedule(settings, request, every))
-            raise typer.Exit(ExitCode.OK)
-        report = asyncio.run(_reconcile(settings, request))
-    except (InvalidRequest, WrongNamespace) as error:
-        typer.echo(f"trellis: {error}", err=True)
-        raise typer.Exit(ExitCode.USAGE) from None
-    except (RPCError, *db.UNAVAILABLE) as error:
-        typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({_told(error)})", err=True)
-        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+    if every is not None:
+        asyncio.run(_schedule(settings, request, every))
+        raise typer.Exit(ExitCode.OK)
+    report = asyncio.run(_reconcile(settings, request))
     if as_json:
         output.as_json(report.model_dump(mode="json"))
     else:

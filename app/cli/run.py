@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.errors import TrellisError
+from app.cli.client import ExitCode
+from app.errors import SettingsError, TrellisError
 from app.local.processes import LocalError, PortTaken, ServerDied, check_port, collecting_taken, free_port, listen
 from app.local.stack import LocalStack, UsualPorts
 
@@ -117,17 +118,24 @@ def run(
 
 
 async def _run(options: Options) -> int:
+    _forget_other_servers()
     this_run = _Run(options)
     try:
         _check_ports(options)
         code = await this_run.to_the_end()
     except TrellisError as error:
         typer.echo(f"trellis: {error}", err=True)
-        code = 1
+        code = ExitCode.UNAVAILABLE if isinstance(error, SettingsError) else ExitCode.ENDED_OTHERWISE
     if this_run.started:
         # Inside the event loop: its end would wait again for what was not drained, and print what that says.
         _leave(code)
     return code
+
+
+def _forget_other_servers() -> None:
+    """libpq's variables mean a database that somebody works with in this shell, and what is started here is ours."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
 
 
 class _Run:

@@ -24,8 +24,10 @@ def sandbox(
     """Serve the sandbox payment provider (/payments) and carrier (/carrier)."""
     from app.settings import load
 
-    url = database_url or load().database_url.get_secret_value()
-    asyncio.run(_serve(host, port, url))
+    # By way of the settings, which say what is wrong with a URL.
+    settings = load(**({"sandbox_database_url": database_url} if database_url else {}))
+    url = settings.sandbox_database_url or settings.database_url
+    asyncio.run(_serve(host, port, url.get_secret_value()))
 
 
 async def _serve(host: str, port: int, database_url: str) -> None:

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.errors import ServiceUnavailable
-
 if TYPE_CHECKING:
     from app.settings import Settings
 
@@ -147,7 +145,5 @@ async def _reach_database(settings: Settings, *, wait: bool) -> str | None:
     from app import db
 
     async with db.create_pool(settings) as pool:
-        try:
-            return await (db.wait_until_answering(pool) if wait else db.schema_version(pool))
-        except db.UNAVAILABLE as error:
-            raise ServiceUnavailable(f"PostgreSQL at TRELLIS_DATABASE_URL: {type(error).__name__}") from error
+        # Whoever is refused is told so at once: unlike an outage, that does not pass by itself.
+        return await (db.wait_until_answering(pool, through_refusals=False) if wait else db.schema_version(pool))

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import psycopg
+import time
+from functools import partial
+
+import structlog
 from alembic import context
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, pool, text
 
+from app.db import libpq_connection
+from app.errors import DatabaseUnavailable
+
 # Any constant will do; it keeps two migrating processes apart in one database.
 LOCK = 7_217_001
+
+#: Seconds between two tries to be the one that migrates, and tries between two lines about it.
+WAIT_SECONDS = 0.5
+SAY_EVERY = 20
+
+HOLDER = text("""
+    SELECT pid, coalesce(nullif(application_name, ''), 'an unnamed program'), backend_start
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'advisory' AND granted AND pg_locks.database = (SELECT oid FROM pg_database
+        WHERE datname = current_database()) AND classid = 0 AND objid = :lock
+""")
+
+log = structlog.get_logger("trellis.migrate")
 
 config = context.config
 
 
 def migrate_online() -> None:
-    # The URL goes to libpq as it is: SQLAlchemy's own reading of it knows no list of hosts and no `postgres://`.
+    # SQLAlchemy's own reading of a URL knows no list of hosts and no `postgres://`.
     url = config.attributes["url"]
-    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=pool.NullPool)
+    engine = create_engine("postgresql+psycopg://", creator=partial(libpq_connection, url), poolclass=pool.NullPool)
     with engine.connect() as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+        _become_the_one(connection)
         newer = _is_newer(connection)
         connection.commit()
         if not newer:
@@ -28,6 +47,33 @@ def migrate_online() -> None:
         # For whoever asked for it.
         config.attributes["revision"] = _revision(connection)
         # The lock ends with the connection.
+
+
+def _become_the_one(connection: Connection) -> None:
+    """Wait for another process that migrates, for so long as one may take; saying so, and who it is.
+
+    By asking again: a session that waits in PostgreSQL has a snapshot, and an index that the other one builds
+    concurrently waits for that to end.
+
+    Raises:
+        DatabaseUnavailable: somebody holds the lock for good.
+    """
+    for waits_left in range(int(config.attributes.get("lock_wait", 600) / WAIT_SECONDS), -1, -1):
+        taken = connection.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": LOCK}).scalar()
+        connection.commit()
+        if taken:
+            return
+        if waits_left % SAY_EVERY == 0:
+            log.warning("another process migrates, or holds its lock", process=_holder(connection))
+        time.sleep(WAIT_SECONDS)
+    raise DatabaseUnavailable(f"the lock of the migration is held by {_holder(connection)}")
+
+
+def _holder(connection: Connection) -> str:
+    """Who that is, as an operator finds it."""
+    found = connection.execute(HOLDER, {"lock": LOCK}).first()
+    connection.rollback()
+    return f"pid {found[0]}, {found[1]}, since {found[2]:%Y-%m-%d %H:%M:%S %Z}" if found else "gone by now"
 
 
 def _is_newer(connection: Connection) -> bool:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import asyncpg
 
+from app import database_url
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -154,6 +156,13 @@ class Attempts:
     age_seconds: float
 
 
+def _options(dsn: str, timeout: float) -> dict[str, Any]:
+    """As the product connects to its own database: a password is not given away here either."""
+    options = database_url.read(dsn).for_asyncpg()
+    options["server_settings"] = {"application_name": "trellis-sandbox"} | options["server_settings"]
+    return options | {"timeout": timeout, "command_timeout": timeout}
+
+
 async def prepare(dsn: str, *, timeout: float = 10.0) -> None:
     """Create schema and tables where they are missing. Several processes may do so at the same moment.
 
@@ -162,7 +171,7 @@ async def prepare(dsn: str, *, timeout: float = 10.0) -> None:
     Raises:
         asyncpg.InsufficientPrivilegeError: something is missing and the role may not create it.
     """
-    connection = await asyncpg.connect(dsn, timeout=timeout, command_timeout=timeout)
+    connection = await asyncpg.connect(**_options(dsn, timeout))
     try:
         if await _is_prepared(connection):
             return
@@ -516,13 +525,7 @@ class Ledger:
             if self._pool is None:
                 await prepare(self._dsn, timeout=self._timeout)
                 self._pool = await asyncpg.create_pool(
-                    self._dsn,
-                    min_size=0,
-                    max_size=self._pool_size,
-                    timeout=self._timeout,
-                    command_timeout=self._timeout,
-                    reset=_keep,
-                    server_settings={"application_name": "trellis-sandbox"},
+                    min_size=0, max_size=self._pool_size, reset=_keep, **_options(self._dsn, self._timeout)
                 )
             return self._pool
 
