@@ -36,14 +36,11 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 MAX_BODY_BYTES: Final = 64 * 1024
-#: Of the name of a field that nobody knows, so much is repeated in the answer.
+#: Of the name of a field or parameter that nobody knows, so much is repeated in the answer.
 MAX_NAME: Final = 64
 #: Of a body that is refused so much is read, and so long, before the answer.
 DISCARD_BYTES: Final = 8 * 1024 * 1024
 DISCARD_SECONDS: Final = 5.0
-
-#: So much of the name of an unknown parameter is repeated in the answer.
-MAX_NAME: Final = 64
 
 #: Something that runs beside the API while it serves.
 Beside = Callable[[Services], AbstractAsyncContextManager[None]]
@@ -147,7 +144,7 @@ def _refuse_unknown_query(request: Request) -> None:
     given = [name for name, _ in request.query_params.multi_items()]
     faults = [
         {
-            "loc": ("query", name[:MAX_NAME]),
+            "loc": ("query", name),
             "msg": "given more than once" if name in known else "there is no such parameter",
         }
         for name in dict.fromkeys(given)
