@@ -136,6 +136,9 @@ def reason(error: BaseException) -> str:
 
 # --- connections
 
+#: Seconds that a process which has nothing else to do waits for its first answer.
+_FIRST_ANSWER: Final = 10.0
+
 _patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 
@@ -203,7 +206,7 @@ def create_pool(settings: Settings) -> Pool:
         acquire_timeout=settings.database_acquire_timeout,
         min_size=0,
         max_size=settings.database_pool_size,
-        init=partial(_prepare_connection, settings=settings),
+        init=partial(_initialize, settings=settings),
         reset=_keep_session,
         # As `asyncpg.create_pool` has them, which makes no other class than its own.
         max_queries=50_000,
@@ -252,14 +255,17 @@ _SOCKET_OPTIONS: Final = {
 }
 
 
-async def _prepare_connection(connection: asyncpg.Connection, settings: Settings | None = None) -> None:
+async def _initialize(connection: asyncpg.Connection, *, settings: Settings) -> None:
+    await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
+    _keep_alive(connection, database_url.read(settings.database_url.get_secret_value()).socket_options)
+    await _prepare_connection(connection)
+
+
+async def _prepare_connection(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec(
         "jsonb", schema="pg_catalog", encoder=lambda value: to_json(value).decode(), decoder=json.loads
     )
     connection.add_query_logger(metrics.query_ended)
-    if settings is not None:
-        await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
-        _keep_alive(connection, database_url.read(settings.database_url.get_secret_value()).socket_options)
 
 
 def _keep_alive(connection: asyncpg.Connection, options: Mapping[str, int]) -> None:
@@ -351,7 +357,7 @@ async def wait_until_answering(pool: asyncpg.Pool, *, through_refusals: bool = T
     """
     for pause in pauses():
         try:
-            with suppress_instrumentation():
+            with suppress_instrumentation(), patience(_FIRST_ANSWER):
                 return await schema_version(pool)
         except DatabaseUnavailable as error:
             if is_refusal(error) and not through_refusals:

@@ -124,6 +124,8 @@ def settings(servers: Servers, database_url: str) -> Settings:
         shipping_task_queue=f"shipping-{unique}",
         graceful_shutdown_timeout=5,
         dispatch_attempts=3,
+        # Tests share a machine that is busy; what is to be answered soon has its own limit.
+        database_acquire_timeout=10,
     )
 
 

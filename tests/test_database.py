@@ -261,7 +261,7 @@ async def test_a_lock_timeout_of_the_role_is_an_answer_of_503(
 
 
 async def test_the_lock_timeout_of_a_role_stays(settings: Settings, pool: asyncpg.Pool) -> None:
-    assert await pool.fetchval("SHOW lock_timeout") == "2s"
+    assert await pool.fetchval("SHOW lock_timeout") == f"{settings.database_acquire_timeout:.0f}s"
     await set_for_role(pool, "lock_timeout", "123ms")
     async with db.create_pool(settings) as another:
         assert await another.fetchval("SHOW lock_timeout") == "123ms"
