@@ -49,6 +49,7 @@ class Identity:
         self._temporal = temporal
         self._good_until = 0.0
         self._last: str | None = None
+        self._asking = asyncio.Lock()
 
     async def require(self) -> None:
         """Return if the namespace is the database's. One that no worker has used yet belongs to any.
@@ -57,8 +58,12 @@ class Identity:
             WrongNamespace: it is another one's.
             RPCError: Temporal does not answer, or has no such namespace.
         """
-        if time.monotonic() < self._good_until:
-            return
+        # One asks, and those that came meanwhile hear what it heard.
+        async with self._asking:
+            if time.monotonic() >= self._good_until:
+                await self._compare()
+
+    async def _compare(self) -> None:
         bound = await self._remembered()
         if bound is None:
             return
