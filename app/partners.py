@@ -88,14 +88,11 @@ async def open_partners(settings: Settings) -> AsyncIterator[Partners]:
             sandbox = await stack.enter_async_context(open_sandbox(settings))
             # A command that has set up no logging has its report on standard output.
             if structlog.is_configured():
-                log.warning("the sandbox is in use: no money moves, or no parcel leaves", **_chosen(settings))
+                stands_in = [each.name for each in (settings.payment, settings.carrier) if each.url is None]
+                log.warning("the sandbox is in use: no money moves, or no parcel leaves", partners=stands_in)
         payment = _client(settings.payment, sandbox, "/payments", settings.partner_timeout)
         carrier = _client(settings.carrier, sandbox, "/carrier", settings.partner_timeout)
         yield Partners(await stack.enter_async_context(payment), await stack.enter_async_context(carrier))
-
-
-def _chosen(settings: Settings) -> dict[str, str]:
-    return {partner.name: "real" if partner.url else "sandbox" for partner in (settings.payment, settings.carrier)}
 
 
 def _client(partner: PartnerSettings, sandbox: Starlette | None, path: str, timeout: float) -> httpx.AsyncClient:

@@ -84,7 +84,7 @@ async def passes(copy: Path, *command: str, **environment: str) -> None:
 PYTEST: Any = ("pytest", "-q", "-p", "no:cacheprovider")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_a_payment_provider_is_added(copy: Path, database_url: str) -> None:
     carry_out("Add a payment provider", copy)
     async with Ledger(database_url) as ledger, serving(create_sandbox(ledger)) as url:
@@ -92,7 +92,7 @@ async def test_a_payment_provider_is_added(copy: Path, database_url: str) -> Non
         await passes(copy, *contract, "--gateway", "tests.acme:opened", ACME_URL=f"{url}/payments")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_a_step_is_added(copy: Path, servers: Servers) -> None:
     carry_out("Add a step", copy)
     tests = ("tests/test_screening.py", "tests/test_replay.py", "tests/test_repository.py")
