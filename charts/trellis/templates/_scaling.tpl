@@ -1,16 +1,5 @@
 {{/* How many pods, and how fast. */}}
 
-{{/* The fewest pods there are by intention. (the merged options of API or a worker) */}}
-{{- define "trellis.fewestPods" -}}
-{{- if (.keda | default dict).enabled -}}
-{{ .keda.minReplicas }}
-{{- else if .autoscaling.enabled -}}
-{{ .autoscaling.minReplicas }}
-{{- else -}}
-{{ .replicas }}
-{{- end -}}
-{{- end }}
-
 {{/* As Kubernetes takes it, which knows no numbers where all pods go at once. (the strategy) */}}
 {{- define "trellis.strategy" -}}
 {{ ternary (dict "type" "Recreate") . (eq (.type | default "") "Recreate") | toYaml }}
@@ -40,7 +29,8 @@ spec:
   {{- end }}
 {{- end }}
 
-{{/* (dict "root" $ "component" … "labels" … "name" … "pdb" {…}) */}}
+{{/* For a single pod as well, whose node it does not keep from being drained, since one may be away: Helm cannot bring back a budget
+     that a refused upgrade left out. (dict "root" $ "component" … "labels" … "name" … "pdb" {…}) */}}
 {{- define "trellis.pdb" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
