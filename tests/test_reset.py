@@ -1,8 +1,8 @@
 """`temporal workflow reset`, Temporal's usual cure: of an order or of its shipment, to every point there is.
 
-Each story is lived once for every point that its history usually has. Wherever the reset leads, the order must come
-to the end that its parcel and its money have, once each; what the tables, the partners and Temporal say of it is
-compared at the end of the module.
+Each story is lived once for every point that its history usually has. Wherever the reset leads, the order must come to
+the end that its parcel and its money have, once each; what the tables, the partners and Temporal say of it is compared
+at the end of the module.
 """
 
 from __future__ import annotations

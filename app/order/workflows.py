@@ -722,7 +722,7 @@ def _is_reset(change: str) -> bool:
     """Whether this run goes on from the history of an earlier one: `temporal workflow reset`. If so, `change` is in
     the history from now on, and it is the history that a replay goes by: what replays it may not know the run's id."""
     info = workflow.info()
-    reset = info.run_id != info.original_execution_run_id
+    reset = info.original_execution_run_id not in {"", info.run_id}
     return (reset or workflow.unsafe.is_replaying()) and workflow.patched(change)
 
 
