@@ -97,7 +97,9 @@ clean: ## Remove what was built and installed; the data of `make run` stay
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: Python 3.11 or later is needed; set PYTHON=/path/to/python3"; exit 1; }
+	@found=$$($(PYTHON) -c 'import sys, venv, ensurepip; print(sys.version_info >= (3, 11))') \
+	  || { echo "$(PYTHON) does not work, or has no venv (on Debian: python3-venv); set PYTHON=/path/to/python3"; exit 1; }; \
+	  [ "$$found" = True ] || { echo "$(PYTHON) is too old: Python 3.11 or later is needed; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # Two stages, so that `make run` waits for no test tool. The project itself is installed editable and without build
