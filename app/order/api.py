@@ -82,6 +82,7 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
     status_code=202,
     tags=["orders"],
     summary="Start an order",
+    response_description="The order is durable, and will be carried to an end.",
     responses=problems(409, 413),
 )
 async def start(order_id: Id, body: StartOrderBody, orders: Orders) -> StartAccepted:
@@ -98,6 +99,7 @@ async def start(order_id: Id, body: StartOrderBody, orders: Orders) -> StartAcce
     status_code=202,
     tags=["signals"],
     summary="Approve",
+    response_description="Sent. Whether it counts, the timeline reports.",
     responses=problems(404, 409, 413, 429),
 )
 async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
@@ -112,6 +114,7 @@ async def approve(order_id: Id, orders: Orders, _: SignalBody | None = None) -> 
     status_code=202,
     tags=["signals"],
     summary="Cancel",
+    response_description="Sent. Whether it counts, the timeline reports.",
     responses=problems(404, 409, 413, 429),
 )
 async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Accepted:
@@ -125,6 +128,7 @@ async def cancel(order_id: Id, orders: Orders, _: SignalBody | None = None) -> A
     status_code=202,
     tags=["signals"],
     summary="Change the address",
+    response_description="Sent. Whether it counts, the timeline reports.",
     responses=problems(404, 409, 413, 429),
 )
 async def signal_address(order_id: Id, body: AddressBody, orders: Orders) -> Accepted:
@@ -133,7 +137,13 @@ async def signal_address(order_id: Id, body: AddressBody, orders: Orders) -> Acc
     return Accepted(order_id=order_id, signal="address")
 
 
-@router.get("/orders/{id}/status", tags=["orders"], summary="Where an order is", responses=problems(404))
+@router.get(
+    "/orders/{id}/status",
+    tags=["orders"],
+    summary="Where an order is",
+    response_description="The step, and the latest failed attempt while it is retried.",
+    responses=problems(404),
+)
 async def status(order_id: Id, orders: Orders) -> OrderStatus:
     """Step and last error, also while Temporal or the workers are down."""
     return await orders.service.status(order_id)
@@ -142,13 +152,25 @@ async def status(order_id: Id, orders: Orders) -> OrderStatus:
 # --- calls that are answered
 
 
-@router.post("/orders/{id}/review", tags=["reviews"], summary="Decide a review", responses=problems(404, 409, 413))
+@router.post(
+    "/orders/{id}/review",
+    tags=["reviews"],
+    summary="Decide a review",
+    response_description="This decision counts; `step` is where it leads.",
+    responses=problems(404, 409, 413),
+)
 async def review(order_id: Id, body: ReviewBody, orders: Orders) -> Decided:
     """Approve or reject. 200 means that this decision is the one that counts; the same again gets the same answer."""
     return await orders.service.review(order_id, body.review)
 
 
-@router.post("/orders/{id}/cancel", tags=["orders"], summary="Cancel, answered", responses=problems(404, 409, 413, 429))
+@router.post(
+    "/orders/{id}/cancel",
+    tags=["orders"],
+    summary="Cancel, answered",
+    response_description="Nothing will stay charged.",
+    responses=problems(404, 409, 413, 429),
+)
 async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) -> Decided:
     """Cancel. 200 means that nothing will stay charged; 409 that it is too late. The same again gets the same
     answer."""
@@ -159,6 +181,7 @@ async def cancel_now(order_id: Id, orders: Orders, _: SignalBody | None = None) 
     "/orders/{id}/address",
     tags=["orders"],
     summary="Change the address, answered",
+    response_description="The parcel will go there.",
     responses=problems(404, 409, 413, 429),
 )
 async def change_address(
@@ -171,7 +194,9 @@ async def change_address(
 # --- reads
 
 
-@router.get("/orders", tags=["orders"], summary="List orders", responses=problems())
+@router.get(
+    "/orders", tags=["orders"], summary="List orders", response_description="A page of orders.", responses=problems()
+)
 async def newest(
     orders: Orders, step: Step | None = None, customer_id: Customer = None, after: After = None, limit: Limit = 50
 ) -> OrderPage:
@@ -179,7 +204,13 @@ async def newest(
     return await orders.repository.newest(step, after, limit, customer_id)
 
 
-@router.get("/orders/{id}", tags=["orders"], summary="All of an order", responses=problems(404))
+@router.get(
+    "/orders/{id}",
+    tags=["orders"],
+    summary="All of an order",
+    response_description="The order.",
+    responses=problems(404),
+)
 async def view(order_id: Id, orders: Orders) -> OrderView:
     """Everything that is written down of an order."""
     found = await orders.repository.view(order_id)
@@ -192,6 +223,7 @@ async def view(order_id: Id, orders: Orders) -> OrderView:
     "/orders/{id}/events",
     tags=["orders"],
     summary="The timeline",
+    response_description="The events, oldest first; as a stream also those to come.",
     response_model=Events,
     responses={
         **problems(404),
@@ -219,7 +251,13 @@ async def events(
     return _stream(_told(rest)) if rest.events else Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-@router.get("/reviews", tags=["reviews"], summary="The clerk's queue", responses=problems())
+@router.get(
+    "/reviews",
+    tags=["reviews"],
+    summary="The clerk's queue",
+    response_description="A page of reviews, the most urgent first.",
+    responses=problems(),
+)
 async def reviews(orders: Orders, after: After = None, limit: Limit = 50) -> ReviewPage:
     """Orders that wait for a decision, the most urgent first."""
     return await orders.repository.in_review(after, limit)
