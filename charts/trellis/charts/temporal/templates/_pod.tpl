@@ -30,7 +30,7 @@ imagePullSecrets:
      user-group-id      1000 is the user of the official images, and the server's files are its own
      resources          no CPU limit: a throttled server loses its shards (memory has limits, a test sees to it)
      image-pull-policy  tags are versions; a node that has the image needs no registry to restart a pod
-     budget, replicas   one replica is the default, and a budget for it would block the draining of its node */}}
+     budget, replicas   one replica is the default, and its budget lets it be away */}}
 {{- define "temporal.kubeScore" -}}
 kube-score/ignore: >-
   container-security-context-user-group-id,container-resources,container-image-pull-policy,
