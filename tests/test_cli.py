@@ -131,7 +131,7 @@ async def test_text_tells_what_json_tells(cli: Cli, api: httpx.AsyncClient, orde
     watched = await cli("order", "watch", order_id)
     assert watched.code == 0
     assert [line.split()[1] for line in watched.out.splitlines()] == LIFE
-    assert re.search(r"^[\d:.]+  charging +“fine”  payment_id=pay-", watched.out, re.MULTILINE)
+    assert re.search(r"^[\d:.]+  charging +“fine”  digest=[0-9a-f]{64}  payment_id=pay-", watched.out, re.MULTILINE)
     assert re.search(r"^[\d:.]+  charged +4.50 USD  reference=", watched.out, re.MULTILINE)
 
     views = (("events", order_id), ("status", order_id), ("show", order_id), ("list", "--step", "shipped"))
