@@ -137,8 +137,9 @@ async def test_text_tells_what_json_tells(cli: Cli, api: httpx.AsyncClient, orde
     watched = await cli("order", "watch", order_id)
     assert watched.code == 0
     assert [line.split()[1] for line in watched.out.splitlines()] == LIFE
-    assert re.search(r"^[\d:.]+(?:Z|[+-]\d{4})  charging +“fine”  payment_id=pay-", watched.out, re.MULTILINE)
-    assert re.search(r"^[\d:.]+\S+  charged +4.50 USD  reference=", watched.out, re.MULTILINE)
+    when = r"^[\d:.]+(?:Z|[+-]\d{4})"
+    assert re.search(rf"{when}  charging +“fine”  digest=[0-9a-f]{{64}}  payment_id=pay-", watched.out, re.MULTILINE)
+    assert re.search(rf"{when}  charged +4.50 USD  reference=", watched.out, re.MULTILINE)
 
     views = (("events", order_id), ("status", order_id), ("show", order_id), ("list", "--step", "shipped"))
     events, status, shown, listed = await asyncio.gather(*(cli("order", *view) for view in views))

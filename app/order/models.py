@@ -311,7 +311,7 @@ OTHER_EVENTS: Final[dict[str, str]] = {
 STEP_EVENTS: Final[dict[Step, str]] = {
     Step.RECEIVED: "`payment_id`, `amount`, `currency`",
     Step.AWAITING_REVIEW: "`review_timeout_seconds`",
-    Step.CHARGING: "`payment_id`; `note` of the approval, if it has one",
+    Step.CHARGING: "`payment_id`; `digest` of what was approved; `note` of the approval, if it has one",
     Step.CHARGED: "`payment_id`, `reference`, `amount`, `currency`",
     Step.PREPARED: "",
     Step.SHIPPED: "`tracking`, `pickup`",
