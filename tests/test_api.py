@@ -941,11 +941,14 @@ async def closed_for_ever(client: httpx.AsyncClient, order_id: str, body: Any, f
 async def test_too_many_signals_are_429_until_there_is_room_again(shop: httpx.AsyncClient) -> None:
     order_id = await in_review(shop)
     limit = Settings().changes_per_order
-    answers = [await call(shop, "address", order_id) for _ in range(limit + 1)]
-    assert {answer.status_code for answer in answers[:-1]} == {202}
-    refused = problem(answers[-1], 429, "TooManyChanges")
-    assert refused["detail"] == f"{order_id}: address"
-    assert int(answers[-1].headers["retry-after"]) == 36
+    taken = 0
+    while (answer := await call(shop, "address", order_id)).status_code == 202:
+        taken += 1
+        assert taken < 2 * limit
+    # On a slow machine there is room for some more by then.
+    assert taken >= limit
+    assert problem(answer, 429, "TooManyChanges")["detail"] == f"{order_id}: address"
+    assert 0 < int(answer.headers["retry-after"]) <= 36
     assert (await call(shop, "approve", order_id)).status_code == 202
     await until_step(shop, order_id, "shipped")
 
