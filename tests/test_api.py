@@ -852,7 +852,7 @@ async def test_too_many_signals_are_429_until_there_is_room_again(shop: httpx.As
     assert {answer.status_code for answer in answers[:-1]} == {202}
     refused = problem(answers[-1], 429, "TooManyChanges")
     assert refused["detail"] == f"{order_id}: address"
-    assert int(answers[-1].headers["retry-after"]) == 36
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 36
     assert (await call(shop, "approve", order_id)).status_code == 202
     await until_step(shop, order_id, "shipped")
 
