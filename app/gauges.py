@@ -51,9 +51,6 @@ async def keep_reading(settings: Settings) -> None:
                     await _read_as_the_one(settings)
             except DatabaseUnavailable as error:
                 log.warning("the gauges cannot be read", reason=db.reason(error))
-            except Exception:
-                # Whatever it is, the next reading may be better, and these are looked at when all is not well.
-                log.exception("the gauges cannot be read")
             await asyncio.sleep(INTERVAL)
 
 
