@@ -33,6 +33,8 @@ for _name in [*os.environ]:
     if _name.startswith(("TRELLIS_", "OTEL_")) and not _name.startswith("TRELLIS_TEST_"):
         del os.environ[_name]
 os.environ["TRELLIS_LOG_FORMAT"] = "json"
+# A test that wants partners of its own says so.
+os.environ["TRELLIS_SANDBOX"] = "true"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
