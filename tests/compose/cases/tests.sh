@@ -12,5 +12,5 @@ state() {
 }
 before=$(state)
 # The exact line of the contract; -T because there may be no terminal here. In three processes, to save time.
-compose exec -T --env PYTEST_ADDOPTS="-n 3 --dist worksteal" trellis_app pytest -q || fail "pytest in the container"
+compose exec -T --env PYTEST_ADDOPTS="-p no:cacheprovider -o tmp_path_retention_policy=none -n 3 --dist worksteal" trellis_app pytest -q || fail "pytest in the container"
 equal "$(state)" "$before" "events, orders and databases after the tests"
