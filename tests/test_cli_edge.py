@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import structlog
 
 from app import settings as settings_module
 from app.cli import edge, healthcheck
@@ -24,9 +26,16 @@ UNAVAILABLE = 4
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    """A command listens for SIGTERM, and remembers what it has warned of."""
+    """A command listens for SIGTERM, remembers what it has warned of, and sends the log to standard error, which is
+    another one afterwards. None has set up logging for the next."""
     handler = signal.getsignal(signal.SIGTERM)
+    root = logging.getLogger()
+    handlers, level, source = root.handlers[:], root.level, logging._srcfile
+    structlog.reset_defaults()
     yield
+    structlog.reset_defaults()
+    root.handlers[:], logging._srcfile = handlers, source
+    root.setLevel(level)
     signal.signal(signal.SIGTERM, handler)
     settings_module._warn.cache_clear()
 
