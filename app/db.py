@@ -9,8 +9,8 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -152,9 +152,24 @@ def patience(seconds: float | None) -> Iterator[None]:
         _patience.reset(token)
 
 
+#: The limit of the wait that this task is in.
+_waiting: ContextVar[asyncio.Timeout | None] = ContextVar("waiting", default=None)
+
+
+async def _connect(*arguments: Any, timeout: float, **options: Any) -> asyncpg.Connection:
+    """asyncpg's, within a wait for a connection: the pool has had room, and its limit is over. What is waited for from
+    here on is PostgreSQL. To give that up as early would mean, on a slow machine, to begin again without end."""
+    limit, ends = _waiting.get(), asyncio.get_running_loop().time() + timeout
+    if limit is not None and (limit.when() or 0.0) < ends:
+        limit.reschedule(ends)
+    connection: asyncpg.Connection = await asyncpg.connect(*arguments, timeout=timeout, **options)
+    return connection
+
+
 class Pool(asyncpg.Pool):
     """asyncpg's, with a limit to every wait for a connection, and what is not available raised as one kind of error.
 
+    The limit is that of the wait for one that is free; where there is room for another, it has its own time to connect.
     `fetch`, `execute` and their like take their connection by `acquire` as well, so that no caller can forget either.
 
     Raises:
@@ -166,15 +181,19 @@ class Pool(asyncpg.Pool):
         self._acquire_timeout = acquire_timeout
 
     def acquire(self, *, timeout: float | None = None) -> _Acquired:  # type: ignore[override] # it does what that does
-        return _Acquired(super().acquire(timeout=timeout or _patience.get() or self._acquire_timeout))
+        return _Acquired(super().acquire(), timeout or _patience.get() or self._acquire_timeout)
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
+        """With a limit to the wait for what was broken off on it."""
+        await super().release(connection, timeout=timeout or _patience.get() or self._acquire_timeout)
 
 
 class _Acquired:
-    def __init__(self, acquiring: Any) -> None:
-        self._acquiring = acquiring
+    def __init__(self, acquiring: Any, seconds: float) -> None:
+        self._acquiring, self._seconds = acquiring, seconds
 
     async def __aenter__(self) -> Connection:
-        with translated(connecting=True):
+        async with self._limited():
             connection: Connection = await self._acquiring.__aenter__()
             return connection
 
@@ -190,9 +209,19 @@ class _Acquired:
         return self._connection().__await__()
 
     async def _connection(self) -> Connection:
-        with translated(connecting=True):
+        async with self._limited():
             connection: Connection = await self._acquiring
             return connection
+
+    @asynccontextmanager
+    async def _limited(self) -> AsyncGenerator[None]:
+        with translated(connecting=True):
+            async with asyncio.timeout(self._seconds) as limit:
+                token = _waiting.set(limit)
+                try:
+                    yield
+                finally:
+                    _waiting.reset(token)
 
 
 def create_pool(settings: Settings) -> Pool:
@@ -204,6 +233,7 @@ def create_pool(settings: Settings) -> Pool:
     pool = Pool(
         **_options(settings, "trellis"),
         acquire_timeout=settings.database_acquire_timeout,
+        connect=_connect,
         min_size=0,
         max_size=settings.database_pool_size,
         init=partial(_initialize, settings=settings),

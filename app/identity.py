@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.service import RPCError
 
@@ -61,7 +62,9 @@ class Identity:
         # One asks, and those that came meanwhile hear what it heard.
         async with self._asking:
             if time.monotonic() >= self._good_until:
-                await self._compare()
+                # It is about the system: no part of the trace of the order that happened to come along.
+                with suppress_instrumentation():
+                    await self._compare()
 
     async def _compare(self) -> None:
         bound = await self._remembered()
