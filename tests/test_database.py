@@ -99,6 +99,39 @@ async def test_no_way_to_a_connection_waits_without_a_limit(impatient: Settings,
         await WAYS[way](pool)
 
 
+@pytest.mark.parametrize("way", ["fetch", "acquire"])
+async def test_connecting_may_take_longer_than_the_wait_for_a_free_connection(
+    impatient: Settings, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a slow machine would begin again without end."""
+    connect = asyncpg.connect
+
+    async def slow(*arguments: Any, **options: Any) -> asyncpg.Connection:
+        await asyncio.sleep(IMPATIENT * 3)
+        return await connect(*arguments, **options)
+
+    monkeypatch.setattr(asyncpg, "connect", slow)
+    async with db.create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
+        connecting = asyncio.create_task(WAYS[way](pool))
+        await asyncio.sleep(0)
+        with pytest.raises(DatabaseUnavailable, match="TimeoutError"):
+            await WAYS[way](pool)
+        assert not connecting.done()
+        await connecting
+
+
+async def test_connecting_has_a_limit_of_its_own(impatient: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_arguments: Any, **_options: Any) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncpg, "connect", never)
+    async with db.create_pool(impatient.model_copy(update={"database_statement_timeout": IMPATIENT * 2})) as pool:
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailable, match="TimeoutError"):
+            await asyncio.wait_for(pool.fetch("SELECT 1"), 10)
+        assert time.monotonic() - began >= IMPATIENT * 1.9
+
+
 async def test_an_activity_waits_for_a_connection_longer_than_the_api(impatient: Settings) -> None:
     async with db.create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
         async with pool.acquire():

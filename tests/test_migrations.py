@@ -218,12 +218,10 @@ async def test_a_second_migration_waits_for_the_first(empty_database_url: str) -
     lock = next(int(line.split("=")[1]) for line in source.splitlines() if line.startswith("LOCK ="))
     async with connected(empty_database_url) as connection:
         await connection.execute("SELECT pg_advisory_lock($1)", lock)
-        migrating = asyncio.create_task(asyncio.to_thread(db.migrate, empty_database_url))
-        asked = """
-            SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
-            AND application_name = 'trellis-migrate' AND query LIKE '%pg_locks%')
-        """
-        await until(lambda: connection.fetchval(asked), "the migration to ask who holds its lock")
+        with capture_logs() as logs:
+            migrating = asyncio.create_task(asyncio.to_thread(db.migrate, empty_database_url))
+            await until_said(logs)
+        assert f"pid {connection.get_server_pid()}, " in logs[0]["process"]
         assert await connection.fetchval("SELECT to_regclass('orders') IS NULL")
         assert not migrating.done()
         await connection.execute("SELECT pg_advisory_unlock($1)", lock)

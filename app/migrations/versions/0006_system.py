@@ -1,29 +1,28 @@
 """What this database belongs to: the id of its Temporal namespace."""
 
-from alembic import op
+from app.migrations import online
 
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-UPGRADE = """
-SET LOCAL lock_timeout = '5s';
-
--- Facts about the installation as a whole, one row each.
-CREATE TABLE system (
+# Facts about the installation as a whole, one row each.
+SYSTEM = """
+CREATE TABLE IF NOT EXISTS system (
     key    TEXT PRIMARY KEY,
     value  TEXT NOT NULL,
     set_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
-);
-
-COMMENT ON TABLE system IS 'What this database belongs to; temporal_namespace_id is written by the first worker.';
+)
 """
+
+MEANING = "What this database belongs to; temporal_namespace_id is written by the first worker."
 
 
 def upgrade() -> None:
-    op.execute(UPGRADE)
+    online.quickly(SYSTEM)
+    online.quickly(f"COMMENT ON TABLE system IS '{MEANING}'")
 
 
 def downgrade() -> None:
-    op.execute("DROP TABLE system")
+    online.quickly("DROP TABLE IF EXISTS system")
