@@ -91,8 +91,9 @@ class Identity:
 
     async def claim(self) -> None:
         """As `require`; and a database that belongs to no namespace yet belongs to this one from now on."""
-        if await self.bound() is None:
-            await self._pool.execute(_CLAIM, _KEY, await self.found())
+        with suppress_instrumentation():
+            if await self.bound() is None:
+                await self._pool.execute(_CLAIM, _KEY, await self.found())
         await self.require()
 
     async def bind(self) -> str:
