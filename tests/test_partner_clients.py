@@ -35,6 +35,12 @@ from tests.telemetry import environment, free_port, http_collector, started, unt
 # --- the sandbox is asked for, never fallen back to -----------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _no_sandbox_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the product: `tests/conftest.py` chooses the sandbox for all others."""
+    monkeypatch.delenv("TRELLIS_SANDBOX", raising=False)
+
+
 SERVING = (
     ("-m", "app", "api"),
     ("-m", "app", "worker", "default"),
