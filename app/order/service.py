@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from temporalio.client import Client
 
+    from app.identity import Identity
     from app.order.repository import OrderRepository
     from app.settings import Settings
     from app.shipping.models import Address
@@ -85,7 +86,11 @@ class OrderService:
     was changed, or what was changed is repeated harmlessly by the same call.
     """
 
-    def __init__(self, settings: Settings, orders: OrderRepository, temporal: Client) -> None:
+    def __init__(
+        self, settings: Settings, orders: OrderRepository, temporal: Client, identity: Identity | None = None
+    ) -> None:
+        """With an `identity`, no order is started or changed in another system's Temporal."""
+        self._identity = identity
         self._settings = settings
         self._orders = orders
         self._temporal = temporal
@@ -102,6 +107,7 @@ class OrderService:
             PaymentConflict: the payment id is that of another order.
             InvalidRequest: it has no items, and there is no price for that.
         """
+        await self._require_own_temporal()
         known = await self._orders.find_start(order_id, request.payment_id)
         if known and known["id"] != order_id:
             raise PaymentConflict(f"{request.payment_id} belongs to another order")
@@ -190,7 +196,12 @@ class OrderService:
         """Signal a new address. Raises as `approve`."""
         await self._signal(order_id, "address", OrderWorkflow.address, address)
 
+    async def _require_own_temporal(self) -> None:
+        if self._identity is not None:
+            await self._identity.require()
+
     async def _signal(self, order_id: str, change: Change, signal: Any, argument: BaseModel) -> None:
+        await self._require_own_temporal()
         try:
             await self._make_sure_it_fits(order_id, change)
             await self._if_open(order_id, self._handle(order_id).signal(signal, argument, rpc_timeout=self._timeout))
@@ -282,6 +293,7 @@ class OrderService:
             raise ended.too_late() from ended
 
     async def _update(self, order_id: str, update: Any, argument: BaseModel, update_id: str) -> Decided:
+        await self._require_own_temporal()
         timeout = timedelta(seconds=self._settings.update_timeout)
         asking = self._handle(order_id).execute_update(update, argument, id=update_id, rpc_timeout=timeout)
         try:
