@@ -50,6 +50,7 @@ class Identity:
         self._temporal = temporal
         self._good_until = 0.0
         self._last: str | None = None
+        self._heard = False
         self._asking = asyncio.Lock()
 
     async def require(self) -> None:
@@ -83,9 +84,10 @@ class Identity:
     async def _remembered(self) -> str | None:
         """What the database says; what it said last while it does not answer: a signal needs Temporal alone."""
         try:
-            self._last = await self.bound()
+            self._last, self._heard = await self.bound(), True
         except db.UNAVAILABLE:
-            if self._last is None:
+            # That it belongs to none yet is an answer, too: a process that starts with its workers hears it once.
+            if not self._heard:
                 raise
         return self._last
 

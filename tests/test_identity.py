@@ -17,7 +17,7 @@ from temporalio.service import RPCError
 from typer.testing import CliRunner
 
 from app.cli.main import app as cli
-from app.errors import WrongNamespace
+from app.errors import DatabaseUnavailable, WrongNamespace
 from app.http import create_app
 from app.identity import Identity, wait_until_ours
 from app.reconcile.models import ReconcileRequest
@@ -95,6 +95,25 @@ async def test_a_signal_needs_temporal_alone(services: Services, monkeypatch: py
     monkeypatch.setattr(never_asked, "bound", gone)
     with pytest.raises(ConnectionError):
         await never_asked.require()
+
+
+async def test_a_signal_needs_temporal_alone_also_before_a_worker_was_there(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API that took an order before the first worker had claimed the database, which is gone since."""
+    identity = Identity(services.pool, services.temporal)
+    await identity.require()
+
+    async def gone() -> None:
+        raise DatabaseUnavailable("ConnectionRefusedError")
+
+    with monkeypatch.context() as away:
+        away.setattr(identity, "bound", gone)
+        await identity.require()
+    # It is asked again as soon as it answers.
+    await services.pool.execute("INSERT INTO system (key, value) VALUES ('temporal_namespace_id', 'another')")
+    with pytest.raises(WrongNamespace):
+        await identity.require()
 
 
 async def test_another_systems_namespace_is_refused_in_words(services: Services, elsewhere: str) -> None:
