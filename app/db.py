@@ -131,7 +131,9 @@ def reason(error: BaseException) -> str:
     in, as there is no row yet that they could quote."""
     cause = error.__cause__ if isinstance(error, DatabaseUnavailable) and error.__cause__ else error
     words = str(cause).partition("\n")[0][:200]
-    return f"{_kind(cause)}: {words}" if words else _kind(cause)
+    if words:
+        return f"{_kind(cause)}: {words}"
+    return (error.detail if isinstance(error, DatabaseUnavailable) else "") or _kind(cause)
 
 
 # --- connections

@@ -22,7 +22,8 @@ from app.audit.partners import CarrierLedger, GatewayBooks, LedgerBooks, Provide
 from app.audit.repository import TIMELINE_ROWS, BooksRepository
 from app.cli.audit import Partners, _exit_code, asked_of
 from app.cli.client import ExitCode
-from app.errors import CarrierUnavailable, InvalidRequest, PaymentUnavailable
+from app.cli.edge import end_of
+from app.errors import CarrierUnavailable, DatabaseUnavailable, InvalidRequest, PaymentUnavailable
 from app.order.models import CloseOrder
 from app.order.repository import OrderRepository
 from app.order.workflows import OrderWorkflow
@@ -110,6 +111,11 @@ async def _amount_differs_in_the_timeline(shop: Shop) -> None:
     await shop.sql(f"UPDATE events SET {change} WHERE order_id = 'o' AND type = 'charged'")
 
 
+async def _currency_that_nobody_knows(shop: Shop) -> None:
+    await shop.order("o", Step.SHIPPED)
+    await shop.sql("UPDATE orders SET currency = 'XXX' WHERE id = 'o'")
+
+
 async def _reference_differs(shop: Shop) -> None:
     await shop.order("o", Step.SHIPPED)
     await shop.sql("UPDATE payments SET provider_reference = 'ch_other' WHERE order_id = 'o'")
@@ -184,6 +190,7 @@ PLANTED: list[tuple[Kind, Plant]] = [
     (Kind.AMOUNT_DIFFERS, _amount_differs),
     (Kind.AMOUNT_DIFFERS, _amount_differs_in_the_tables),
     (Kind.AMOUNT_DIFFERS, _amount_differs_in_the_timeline),
+    (Kind.AMOUNT_DIFFERS, _currency_that_nobody_knows),
     (Kind.REFERENCE_DIFFERS, _reference_differs),
     (Kind.PAYMENT_STEP_MISMATCH, _payment_step_mismatch),
     (Kind.PAYMENT_IN_DOUBT, _payment_in_doubt),
@@ -350,7 +357,7 @@ async def test_a_source_that_is_heard_again_confirms_or_clears(shop: Shop) -> No
 @pytest.mark.parametrize(
     "harm",
     [
-        "UPDATE orders SET currency = 'XXX' WHERE id = 'o'",
+        "UPDATE orders SET total = 'NaN' WHERE id = 'o'",
         """UPDATE events SET payload_json = '{"amount": "lots"}' WHERE order_id = 'o' AND type = 'charged'""",
     ],
 )
@@ -426,8 +433,10 @@ async def test_a_read_has_the_time_limit_of_the_audit(settings: Settings) -> Non
         assert (await audit).clean
         async with other.acquire() as holder, holder.transaction():
             await holder.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-            with pytest.raises(TimeoutError):
+            with pytest.raises(DatabaseUnavailable, match=r"longer than 0\.1 s") as late:
                 await Auditor(BooksRepository(pool, seconds=0.1), Sources()).run()
+    end = end_of(late.value)
+    assert (end.code, "longer than 0.1 s" in end.message) == (ExitCode.UNAVAILABLE, True)
 
 
 # --- whom it asks

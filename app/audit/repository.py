@@ -7,15 +7,19 @@ and each of its statements milliseconds.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from app.audit.models import OrderBooks, Page, PaymentRow, StepEvent
+from app.errors import DatabaseUnavailable
 from app.money import Money
 from app.steps import Step
 
 if TYPE_CHECKING:
     import asyncpg
+
+    from app.db import Connection
 
     _Rows = list[asyncpg.Record]
 
@@ -68,7 +72,11 @@ _TOLD: Final = [*Step, "refunded"]
 
 
 class BooksRepository:
-    """Orders with their payments and timelines, as an auditor reads them."""
+    """Orders with their payments and timelines, as an auditor reads them.
+
+    Raises:
+        DatabaseUnavailable: from every method; it says so if a statement took longer than it may.
+    """
 
     def __init__(self, pool: asyncpg.Pool, seconds: float = READ_SECONDS) -> None:
         """`seconds` is the time limit of a statement, whatever the pool's is."""
@@ -78,7 +86,7 @@ class BooksRepository:
     async def pages(self, since: datetime | None, limit: int) -> AsyncIterator[Page]:
         """All orders by id, `limit` at a time; those that moved at or after `since`, if that is given."""
         after = ""
-        while end := await self._pool.fetchval(_WINDOW_END, after, WINDOW_ROWS, timeout=self._seconds):
+        while end := await self._window_end(after):
             while rows := await self._read(_PAGE, after, end, since, limit):
                 yield _page(*rows)
                 after = rows[0][-1]["id"]
@@ -93,7 +101,8 @@ class BooksRepository:
         """Ids that have a timeline and no row, some at a time."""
         after = ""
         while True:
-            batch = await self._pool.fetchrow(_TIMELINES, after, TIMELINE_ROWS, timeout=self._seconds)
+            async with self._reading() as connection:
+                batch = await connection.fetchrow(_TIMELINES, after, TIMELINE_ROWS, timeout=self._seconds)
             if batch is None or batch["last"] is None:
                 return
             after = batch["last"]
@@ -101,14 +110,30 @@ class BooksRepository:
 
     async def unknown(self, order_ids: list[str]) -> set[str]:
         """Those of the ids that have no row."""
-        rows = await self._pool.fetch(_KNOWN, order_ids, timeout=self._seconds)
+        async with self._reading() as connection:
+            rows = await connection.fetch(_KNOWN, order_ids, timeout=self._seconds)
         return set(order_ids) - {row["id"] for row in rows}
+
+    async def _window_end(self, after: str) -> str | None:
+        async with self._reading() as connection:
+            end: str | None = await connection.fetchval(_WINDOW_END, after, WINDOW_ROWS, timeout=self._seconds)
+            return end
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Connection]:
+        """A connection, for statements that have the audit's time limit each."""
+        async with self._pool.acquire() as connection:
+            try:
+                yield connection
+            except TimeoutError as error:
+                # Ours, not the pool's: whoever hears of it can ask with more time.
+                raise DatabaseUnavailable(f"a read of the tables took longer than {self._seconds:g} s") from error
 
     async def _read(self, sql: str, *arguments: Any) -> tuple[_Rows, _Rows] | None:
         """Orders and their events; None without any order."""
         # One snapshot, or an order that moves between the two statements would have an event too many.
         async with (
-            self._pool.acquire() as connection,
+            self._reading() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             rows = await connection.fetch(sql, *arguments, timeout=self._seconds)
