@@ -15,7 +15,7 @@ from temporalio.client import WorkflowUpdateStage
 
 from app.errors import ReviewOutdated, TooLate
 from app.money import Money
-from app.order.models import Item, OrderView, Review, ReviewTask, Verdict, approval_digest
+from app.order.models import Decided, Item, OrderView, Review, ReviewTask, Verdict, approval_digest
 from app.order.workflows import OrderWorkflow
 from app.shipping.models import Address
 from app.steps import Step
@@ -45,8 +45,8 @@ async def _queued(order: Order) -> ReviewTask | None:
     return next((task for task in page.reviews if task.order_id == order.id), None)
 
 
-async def _decide(order: Order, digest: str | None = None, decision: Verdict = Verdict.APPROVE) -> None:
-    await order.shop.service.review(order.id, Review(decision=decision, digest=digest, note="seen"))
+async def _decide(order: Order, digest: str | None = None, decision: Verdict = Verdict.APPROVE) -> Decided:
+    return await order.shop.service.review(order.id, Review(decision=decision, digest=digest, note="seen"))
 
 
 async def _sent_to(order: Order) -> Address | None:
@@ -136,15 +136,19 @@ async def test_a_change_after_the_approval_is_reviewed_before_the_parcel_leaves(
     (first,) = await order.events("charging")
     with pytest.raises(ReviewOutdated):
         await _decide(order, first.payload["digest"])
-    await _decide(order, task.digest)
+    answer = await _decide(order, task.digest)
     assert await order.ends() is Step.SHIPPED
     assert await _sent_to(order) == OFFICE
     (decided,) = await order.events("review_decided")
     assert decided.payload == {"decision": "approve", "digest": task.digest, "note": "seen"}
     assert await _queued(order) is None
     assert (await _view(order)).reopened_for is None
+    # The same call again is the same decision; the opposite comes too late.
+    assert await _decide(order, task.digest) == answer
     with pytest.raises(TooLate, match="shipped"):
-        await _decide(order)
+        await _decide(order, task.digest, Verdict.REJECT)
+    assert await order.events("review_decided") == [decided]
+    assert not await shop.ledger.refunds_of(order.payment_id)
 
 
 async def test_a_change_in_the_second_review_is_reviewed_too(shop: Shop) -> None:

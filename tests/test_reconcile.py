@@ -44,7 +44,7 @@ from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.worker import reconciler
 from app.reconcile.workflows import ReconcileWorkflow
 from app.settings import Settings
-from app.shipping.models import Address, Shipment
+from app.shipping.models import Address, Shipment, ShippingOutcome
 from app.shipping.repository import ShipmentRepository
 from app.steps import Step
 from app.wiring import Services
@@ -458,17 +458,17 @@ async def test_a_workflow_that_cannot_be_read_holds_nobody_up(shop: Shop, broken
 
 
 async def test_a_row_that_cannot_be_read_holds_nobody_up(shop: Shop, broken: Broken) -> None:
-    """Written by hand, in a currency that nobody knows."""
+    """Written by hand, with a total that is no number."""
     await at(shop, broken, "charged")
     await broken.end()
     await shop.order("0-unreadable", Step.RECEIVED)
-    await shop.sql("UPDATE orders SET currency = 'XXX' WHERE id = '0-unreadable'")
+    await shop.sql("UPDATE orders SET total = 'NaN' WHERE id = '0-unreadable'")
     report = await broken.reconcile(NOW.model_copy(update={"accept_unknown": True}))
     assert [repair.order_id for repair in report.repairs if repair.defect and "0-" in repair.order_id] == [
         "0-unreadable"
     ]
     assert await broken.step() == "cancelled"
-    await shop.sql("UPDATE orders SET currency = 'USD' WHERE id = '0-unreadable'")
+    await shop.sql("UPDATE orders SET total = 50 WHERE id = '0-unreadable'")
 
 
 async def test_a_row_that_somebody_holds_is_left_and_the_pass_goes_on(shop: Shop, broken: Broken) -> None:
@@ -552,31 +552,51 @@ async def settled(order: Order) -> None:
         for _ in range(2):  # the second pass finds nothing to do
             await reconciler(order.shop.services, NOW).run()
         assert await books.kinds(temporal=True) == {}
-    assert (await order.status())[0] is Step.SHIPPING_FAILED
-    assert [event.type for event in await order.events("reconciled", "refunded", "shipping_failed")] == [
-        "reconciled",
-        "refunded",
-        "shipping_failed",
-    ]
+    await ended_as(order, "reconciled", "refunded", Step.SHIPPING_FAILED)
+
+
+async def ended_as(order: Order, *told: str) -> None:
+    """The timeline's last words, the money back once, and no parcel on its way."""
+    assert (await order.status())[0] == told[-1]
+    ends = [step for step in Step if step.final]
+    assert [event.type for event in await order.events("reconciled", "refunded", *ends)] == [*told]
     assert len(await order.shop.ledger.refunds_of(order.payment_id)) == 1
+    parcel = await order.shop.ledger.find_parcel(order.id)
+    assert parcel is None or parcel[0].state != "taken"
 
 
-@pytest.mark.parametrize("end", ["cancel", "terminate"])
-async def test_a_shipment_that_is_ended_when_its_order_is_gone(settings: Settings, end: str) -> None:
+async def _prepared_and_alone(shop: Shop) -> Order:
+    """An order that was ended by force while its shipment asks a carrier that does not answer."""
+    order = await shop.approved(address=UNANSWERED, attempts=100)
+    await order.tells("attempt_failed")
+    await order.workflow.terminate("test")
+    await until_closed(order)
+    assert (await order.shipment.describe()).status is WorkflowExecutionStatus.RUNNING
+    return order
+
+
+async def test_a_shipment_that_is_terminated_when_its_order_is_gone(settings: Settings) -> None:
     async with open_shop(settings) as shop:
-        order = await shop.approved(address=UNANSWERED, attempts=100)
-        await order.tells("attempt_failed")
-        await order.workflow.terminate("test")
-        await until_closed(order)
-        assert (await order.shipment.describe()).status is WorkflowExecutionStatus.RUNNING
-        if end == "cancel":
-            await order.shipment.cancel()
-        else:
-            await order.shipment.terminate("test")
+        order = await _prepared_and_alone(shop)
+        await order.shipment.terminate("test")
         with pytest.raises(WorkflowFailureError):
             await order.shipment.result()
         assert (await order.status())[0] is Step.PREPARED
         await settled(order)
+
+
+async def test_a_shipment_that_is_cancelled_when_its_order_is_gone(settings: Settings) -> None:
+    """It takes that for the order's cancellation, and leaves nothing to reconcile."""
+    async with open_shop(settings) as shop:
+        order = await _prepared_and_alone(shop)
+        await order.shipment.cancel()
+        assert (await order.shipment.result())["outcome"] == ShippingOutcome.RECALLED
+        async with opened_shop(shop.services) as books:
+            books.mine.add(order.id)
+            assert await books.kinds(temporal=True) == {}
+            await reconciler(shop.services, NOW).run()
+            assert await books.kinds(temporal=True) == {}
+        await ended_as(order, "refunded", Step.CANCELLED)
 
 
 @pytest.mark.parametrize("given_back", [False, True])

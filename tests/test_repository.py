@@ -1098,20 +1098,20 @@ PLANS: dict[str, tuple[str, str, str, set[str]]] = {
         order_sql._IN_REVIEW,
         "timestamptz, text, int",
         "NULL, NULL, 51",
-        {"orders_in_review", "orders_newest_in_state"},
+        {"orders_in_review", "orders_newest_in_state", "orders_of_customer"},
     ),
     "reviews, a later page": (
         order_sql._IN_REVIEW,
         "timestamptz, text, int",
         "now(), 'o-1', 51",
-        {"orders_in_review", "orders_newest_in_state"},
+        {"orders_in_review", "orders_newest_in_state", "orders_of_customer"},
     ),
     "start": (order_sql._FIND_START, "text, text", "'o-7', 'p-9'", {"orders_pkey", "orders_payment"}),
     "payment's owner": (order_sql._PAYMENT_OWNER, "text, text", "'p-7', 'o-9'", {"payments_pkey"}),
     "payment": (payment_sql._LOOK, "text", "'p-7'", {"payments_pkey", "orders_pkey"}),
     "payment to lock": (payment_sql._LOCK, "text", "'p-7'", {"payments_pkey", "orders_pkey"}),
     "status": (order_sql._STATUS, "text", "'o-7'", {"orders_pkey"}),
-    "view": (order_sql._VIEW, "text", "'o-7'", {"orders_pkey", "payments_order_id_key"}),
+    "view": (order_sql._VIEW, "text", "'o-7'", {"orders_pkey", "payments_order_id_key", "events_order_id_key_key"}),
     "events": (order_sql._EVENTS, "text, bigint", "'o-7', 0", {"events_order_id_key_key"}),
     "events of many": (
         order_sql._EVENTS_OF_MANY,
@@ -1154,9 +1154,10 @@ async def many_orders(url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(url)
     try:
         await connection.execute("""
-            INSERT INTO orders (id, state, payment_id, created_at, review_deadline)
+            INSERT INTO orders (id, state, payment_id, created_at, review_deadline, customer_id)
             SELECT 'o-' || n, CASE WHEN n % 50 = 0 THEN 'awaiting_review' WHEN n < 5 THEN 'charging' ELSE 'shipped' END,
-                   'p-' || n, now() - n * interval '1 s', now() + n * interval '1 s'
+                   'p-' || n, now() - n * interval '1 s', now() + n * interval '1 s',
+                   CASE WHEN n % 3 > 0 THEN 'c-' || n % 500 END
             FROM generate_series(1, 5000) AS n;
             INSERT INTO payments (payment_id, order_id, status)
             SELECT 'p-' || n, 'o-' || n, 'INIT' FROM generate_series(1, 5000) AS n;
