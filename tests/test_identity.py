@@ -16,6 +16,7 @@ from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.service import RPCError
 from typer.testing import CliRunner
 
+from app.cli import edge
 from app.cli.main import app as cli
 from app.errors import DatabaseUnavailable, WrongNamespace
 from app.http import create_app
@@ -185,6 +186,10 @@ async def test_an_operator_binds_it_anew(services: Services, elsewhere: str, mon
 
     async def said(*command: str) -> tuple[int, str]:
         result = await asyncio.to_thread(CliRunner().invoke, cli, list(command), input="n\n")
+        if isinstance(result.exception, Exception):
+            # What `run_command` makes of it.
+            end = edge.end_of(result.exception)
+            return end.code, f"{result.output}{end.message}"
         return result.exit_code, result.output
 
     for command in (("audit",), ("reconcile",)):
