@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -18,7 +19,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput
 
-from app import db, gauges, health, policies
+from app import db, gauges, health, policies, supervision
 from app.errors import DatabaseUnavailable
 from app.events import AttemptLog
 from app.http import create_app
@@ -351,7 +352,8 @@ async def test_gauges_outlast_whatever_goes_wrong(settings: Settings, monkeypatc
 
     monkeypatch.setattr(gauges, "read", read)
     monkeypatch.setattr(gauges, "INTERVAL", 0.01)
-    reading = asyncio.create_task(gauges.keep_reading(settings))
+    # As a worker does it.
+    reading = asyncio.create_task(supervision.keep_running("gauges", partial(gauges.keep_reading, settings)))
     await asyncio.wait({reading, asyncio.create_task(read_at_last.wait())}, timeout=20, return_when="FIRST_COMPLETED")
     assert read_at_last.is_set()
     reading.cancel()
