@@ -72,7 +72,8 @@ for number in 1 2; do
   orders approve "review-$RUN-$number" 20 --first 11
   orders wait "review-$RUN-$number" 20
 done
-equal "$(sql "SELECT count(*) FROM sandbox.refunds WHERE payment LIKE 'pay-prepared-$RUN-%'")" 20 "refunds of what was cancelled, in the provider's books"
+refunds="SELECT count(*) FROM sandbox.refunds JOIN sandbox.charges ON charges.id = charge_id WHERE payment LIKE 'pay-prepared-$RUN-%'"
+equal "$(sql "$refunds")" 20 "refunds of what was cancelled, in the provider's books"
 books_clean
 stop_forwards
 remove_namespace "$NS"
