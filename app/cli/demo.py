@@ -112,11 +112,28 @@ class Report:
         return sum(drive.step is not None for drive in self.drives) / self.seconds
 
 
+def _reach(url: str, wait: float) -> None:
+    """Rather one line now than one for every order; after `wait` seconds, within which the API may yet appear."""
+    end = time.monotonic() + wait
+    while True:
+        last = time.monotonic() >= end
+        try:
+            with connect(url, quiet=not last) as api:
+                api.get("/orders", limit=1)
+        except typer.Exit:
+            if last:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
 def demo(
     orders: Annotated[int, typer.Argument(metavar="N", min=1, help="How many orders.")] = 20,
     concurrency: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 8,
     mix: Annotated[bool, typer.Option("--mix", help="Cancel, decline, disturb and neglect four in ten.")] = False,
     patience: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Most an order may take.")] = 120.0,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for the API to answer.")] = 0.0,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
@@ -128,8 +145,7 @@ def demo(
     A call that gets no answer is repeated as it is: that charges nobody twice, also while something restarts.
     Exit code 1 means that an order ended otherwise than its scenario says.
     """
-    with connect(url) as api:
-        api.get("/orders", limit=1)  # rather one line now than one for every order
+    _reach(url, wait)
     report = Report(list(_plan(orders, mix)))
     asyncio.run(_drive_all(report, url, concurrency, patience))
     if as_json:

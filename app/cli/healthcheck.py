@@ -1,8 +1,9 @@
-"""`python -m app.cli.healthcheck [URL ...]`: the container's HEALTHCHECK. It runs every few seconds, so it is plain
-standard library and imports nothing of the product.
+"""`python -m app.cli.healthcheck [--wait=SECONDS] [URL ...]`: the container's HEALTHCHECK. It runs every few seconds,
+so it is plain standard library and imports nothing of the product.
 
 Exit code 0 when every URL answers with 200, otherwise 1 and the reason. Without one it asks `/healthz` of this
-process: on the metrics port, which every role has, or on the API's where that is off.
+process: on the metrics port, which every role has, or on the API's where that is off. With `--wait` it asks again for
+so long.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import http.client
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,9 +20,12 @@ from collections.abc import Sequence
 TIMEOUT = 4.0
 
 
-def main(urls: Sequence[str]) -> int:
-    """Ask each once; the exit code."""
-    faults = [fault for url in urls or [_own()] if (fault := _fault(url))]
+def main(arguments: Sequence[str]) -> int:
+    """Ask each; the exit code."""
+    urls = [each for each in arguments if not each.startswith("--wait=")]
+    end = time.monotonic() + sum(float(each.removeprefix("--wait=")) for each in arguments if each not in urls)
+    while (faults := [fault for url in urls or [_own()] if (fault := _fault(url))]) and time.monotonic() < end:
+        time.sleep(1)
     sys.stderr.writelines(f"{fault}\n" for fault in faults)
     return 1 if faults else 0
 
