@@ -288,7 +288,8 @@ _SOCKET_OPTIONS: Final = {
 
 
 async def _initialize(connection: asyncpg.Connection, *, settings: Settings) -> None:
-    await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
+    with suppress_instrumentation():  # whose trace it would be in, chance decides
+        await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
     _keep_alive(connection, database_url.read(settings.database_url.get_secret_value()).socket_options)
     await _prepare_connection(connection)
 
