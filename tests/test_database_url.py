@@ -177,7 +177,8 @@ async def test_no_other_variable_leads_a_driver_elsewhere(
 
 async def test_what_a_url_says_reaches_the_session(database_url: str) -> None:
     """On both drivers; `migrate` by way of its own connection."""
-    said = f"{database_url}?options=-csearch_path%3Dshop%2Cpublic&application_name=shop&keepalives_idle=77"
+    more = "&" if "?" in database_url else "?"
+    said = f"{database_url}{more}options=-csearch_path%3Dshop%2Cpublic&application_name=shop&keepalives_idle=77"
     async with db.create_pool(Settings(database_url=said)) as pool:
         assert await pool.fetchval("SHOW search_path") == "shop,public"
         assert await pool.fetchval("SHOW application_name") == "shop"

@@ -80,7 +80,7 @@ def _sample(hint: Any, pick: int) -> Any:
     if origin is Literal:
         return arguments[0]
     if origin is list:
-        return [_sample(arguments[0], pick)] * 1000
+        return [_sample(arguments[0], pick)] * 200
     if origin is dict:
         return {"x" * 1000: _sample(arguments[1], pick)}
     if isinstance(hint, type) and issubclass(hint, BaseModel):
