@@ -53,7 +53,9 @@ def is_unavailable(error: RPCError | RuntimeError) -> bool:
     """
     if isinstance(error, RPCError):
         broken = error.status is RPCStatusCode.UNKNOWN and "transport error" in error.message
-        return broken or error.status in UNAVAILABLE
+        # A worker that was killed or starved in the middle of it; the update is asked for again under the same id.
+        undone = error.status is RPCStatusCode.FAILED_PRECONDITION and "workflow task failure" in error.message
+        return broken or undone or error.status in UNAVAILABLE
     return any(words in str(error) for words in _LOST)
 
 

@@ -543,7 +543,8 @@ async def test_the_product_needs_nothing_but_its_grants(guarded: Guarded, settin
         ]
         async with shop.pool.acquire() as connection:
             await gauges.read(connection)
-        await shop.audit()
+        # Where tests share a Temporal, the pass has also written down orders that others have terminated meanwhile.
+        await shop.audit(orders=[order.id for order in (shipped, declined, refused, cancelled, expired, lost)])
         assert (await Auditor(BooksRepository(shop.pool), Sources()).run()).violations == []
         for forbidden in ("CREATE TABLE theirs ()", "DROP TABLE orders", "ALTER TABLE events DISABLE TRIGGER ALL"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -20,6 +20,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from app.errors import OrderNotFound, ServiceUnavailable, TooLate
 from app.order.models import Decided, Review, Verdict
 from app.steps import Step
+from app.temporal import is_unavailable
 from tests import books
 from tests.shop import HOME, Order, Shop, at_zip, fresh_settings, open_shop
 
@@ -59,8 +60,8 @@ class Race:
         except (TooLate, OrderNotFound, ServiceUnavailable) as error:
             self.answers[name] = error
         except RPCError as error:
-            # Temporal's own way to say that it has ended.
-            assert error.status is RPCStatusCode.NOT_FOUND, error  # noqa: PT017 - any other is this test's failure
+            # Temporal's own way to say that it has ended; or a machine so busy that it is not now.
+            assert error.status is RPCStatusCode.NOT_FOUND or is_unavailable(error), error  # noqa: PT017 - any other is this test's failure
 
     def __str__(self) -> str:
         return f"seed {SEED}: {self.order.id} {self.order.payment_id} {sorted(self.acts, key=lambda act: act[1])}"
