@@ -8,7 +8,6 @@ refused: half of a security setting is none (docs/decisions/0060-one-reading-of-
 from __future__ import annotations
 
 import getpass
-import ipaddress
 import os
 import re
 import ssl
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlencode
+
+from app.hosts import is_loopback
 
 
 class InvalidDatabaseUrl(ValueError):
@@ -274,12 +275,7 @@ def _secure(given: dict[str, str]) -> None:
 
 def is_local(host: str) -> bool:
     """Whether what is sent there never leaves this machine."""
-    if host.startswith("/") or host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host.startswith("/") or is_loopback(host)
 
 
 def _own_root() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app import database_url
+from app import database_url, hosts
 from app.errors import SettingsError
 
 #: A name of a host, or `*.` and one.
@@ -400,13 +399,11 @@ def variable(name: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine, by an address that cannot be anybody else's."""
-    host = ""
+    """Whether a URL leads to this machine."""
     try:
-        host = urlsplit(url).hostname or ""
-        return ipaddress.ip_address(host).is_loopback
+        return hosts.is_loopback(urlsplit(url).hostname or "")
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def _check_url(url: str, token: str) -> None:
