@@ -31,11 +31,11 @@ seconds() { date +%s.%N; }
 since() { python3 -c 'import sys, time; print(f"{time.time() - float(sys.argv[1]):.1f}")' "$1"; }
 json() { python3 -c 'import json, sys; d = json.load(sys.stdin); print(eval(sys.argv[1]))' "$1"; }
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-until_true() { # until_true SECONDS WHAT COMMAND…
+until_true() { # [because=COMMAND] until_true SECONDS WHAT COMMAND…: with the last lines of the former when it fails
   local deadline=$((SECONDS + $1)) what=$2
   shift 2
   until "$@"; do
-    ((SECONDS < deadline)) || fail "$what"
+    ((SECONDS < deadline)) || fail "$what${because:+: $($because 2>&1 | tail -n 12)}"
     sleep 0.3
   done
 }

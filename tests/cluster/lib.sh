@@ -147,7 +147,7 @@ contract_of_the_notes() {
   eval "exec $forwarding" >"$WORK/forwarding" 2>&1 &
   forwards+=("$!")
   export API=http://127.0.0.1:$port
-  until_true 30 "the port-forward of the notes does not answer: $(cat "$WORK/forwarding")" api_answers
+  because="cat $WORK/forwarding" until_true 30 "the port-forward of the notes does not answer" api_answers
   equal "$(grep -c -E '^ *curl ' "$WORK/notes")" 3 "calls in the notes"
   order=$(sed -n 's,^ *curl .*/orders/\(.*\)/status.*,\1,p' "$WORK/notes")
   while read -r line; do

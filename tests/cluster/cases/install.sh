@@ -18,7 +18,7 @@ only_volumes_are_left() { [ "$(left)" = "$named" ]; }
 named=$(helm get notes trellis --namespace "$NS" | grep -o '\<data-[a-z0-9-]*-[0-9]\>' | sort -u | sed 's,^,persistentvolumeclaim/,')
 began=$(seconds)
 helm uninstall trellis --namespace "$NS" --wait --timeout 3m >/dev/null || fail "helm uninstall"
-until_true 60 "what is left after helm uninstall: $(left | tr '\n' ' '), and not: $named" only_volumes_are_left
+because=left until_true 60 "what is left after helm uninstall is not: $named" only_volumes_are_left
 say "helm uninstall --wait: $(since "$began") s; left: $named"
 [ -n "$named" ] || fail "the notes name no volume"
 equal "$(kubectl get clusterroles,clusterrolebindings,persistentvolumes --selector app.kubernetes.io/instance=trellis --output name)" '' \

@@ -11,7 +11,7 @@ upgrade "$IMAGE" --set workerDefaults.autoscaling.enabled=true,workerDefaults.au
 workers() { k get deploy trellis-worker-default --output jsonpath='{.status.readyReplicas}'; }
 measured() { k get hpa trellis-worker-default --output jsonpath='{.status.currentMetrics[0].resource.current.averageUtilization}' | grep -q .; }
 is_alone() { [ "$(workers)" = 1 ]; }
-until_true 120 "the autoscaler gets no CPU figures: $(k describe hpa trellis-worker-default | tail -n 5)" measured
+because="k describe hpa trellis-worker-default" until_true 120 "the autoscaler gets no CPU figures" measured
 until_true 120 "the idle workers do not shrink to one" is_alone
 
 since_now=$(sql "SELECT now()") # what failed in another case is no matter of this one
@@ -35,7 +35,7 @@ wait "$waiting" || fail "the backlog is not worked off"
 # Orders trickle in while workers are taken away, so that those have something in hand.
 demo 60 --concurrency 2 --patience 240 >"$WORK/demo" &
 demo=$!
-until_true 240 "the workers do not shrink again: $(k describe hpa trellis-worker-default | tail -n 12)" is_alone
+because="k describe hpa trellis-worker-default" until_true 240 "the workers do not shrink again" is_alone
 say "one worker again $(since "$began") s after the first approval"
 wait "$demo" || { cat "$WORK/demo"; fail "orders that came while workers were taken away"; }
 k get events --field-selector reason=SuccessfulRescale --output custom-columns=M:.message --no-headers | sed 's/^/cluster: /'

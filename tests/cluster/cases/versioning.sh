@@ -11,18 +11,18 @@ current() { # the build id that gets the orders
     json '[each["build_id"] for each in d if each["state"] == "current"]'
 }
 promoted() { [ "$(current)" = "['${1##*:}']" ]; }
-until_true 120 "$IMAGE is not promoted: $(current)" promoted "$IMAGE"
+because=current until_true 120 "$IMAGE is not promoted" promoted "$IMAGE"
 say "current: $(current)"
 
 orders start ver-parked 30
 orders wait ver-parked 30 --step awaiting_review
 upgrade "$NEXT"
-until_true 120 "$NEXT is not promoted: $(current)" promoted "$NEXT"
+because=current until_true 120 "$NEXT is not promoted" promoted "$NEXT"
 say "current: $(current)"
 orders approve ver-parked 10
 orders wait ver-parked 10
 roll_back
-until_true 120 "$IMAGE is not promoted again: $(current)" promoted "$IMAGE"
+because=current until_true 120 "$IMAGE is not promoted again" promoted "$IMAGE"
 say "current: $(current)"
 orders approve ver-parked 30 --first 11
 orders wait ver-parked 30
