@@ -13,6 +13,7 @@ import re
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlencode
@@ -108,12 +109,12 @@ class DatabaseAddress:
             for host, port in zip(self.hosts, self.parameters["port"].split(","), strict=True)
         )
 
-    def for_libpq(self) -> dict[str, str]:
+    def for_libpq(self, password_file: Path | None = None) -> dict[str, str]:
         """Parameters of `psycopg.connect`."""
-        return dict(self.parameters)
+        return {**self.parameters, **({"password": password_in(password_file)} if password_file else {})}
 
-    def for_asyncpg(self) -> dict[str, Any]:
-        """Keyword arguments of `asyncpg.connect` and of a pool."""
+    def for_asyncpg(self, password_file: Path | None = None) -> dict[str, Any]:
+        """Keyword arguments of `asyncpg.connect` and of a pool, which reads the file anew for each connection."""
         given = self.parameters
         tls = {name: given[name] for name in _TLS_PARAMETERS if name in given}
         return {
@@ -125,6 +126,7 @@ class DatabaseAddress:
             "database": given["dbname"],
             "target_session_attrs": given.get("target_session_attrs", "any"),
             **{name: given[name] for name in ("password", "passfile", "krbsrvname", "gsslib") if name in given},
+            **({"password": partial(password_in, password_file)} if password_file else {}),
             "server_settings": self._server_settings(),
         }
 
@@ -166,6 +168,25 @@ def read(url: str, environment: Mapping[str, str] = os.environ) -> DatabaseAddre
     _secure(given)
     _check(given)
     return DatabaseAddress(given)
+
+
+class PasswordUnreadable(OSError):
+    """The file of the password cannot be read, or has none in it."""
+
+
+def password_in(file: Path) -> str:
+    """The password in a file, without the line feed that ends it.
+
+    Raises:
+        PasswordUnreadable: there is none.
+    """
+    try:
+        password = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise PasswordUnreadable(f"{file} cannot be read ({type(error).__name__})") from None
+    if not password or re.search(r"[\x00-\x1f\x7f]", password):
+        raise PasswordUnreadable(f"{file} is empty, or has a line break or another control character in it")
+    return password
 
 
 # --- the URL

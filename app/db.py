@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -22,8 +22,9 @@ import structlog
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from pydantic_core import to_json
 
-from app import database_url, metrics
+from app import database_url, metrics, pooler
 from app.errors import DatabaseUnavailable, TrellisError
+from app.pooler import Pooler
 
 if TYPE_CHECKING:
     import psycopg
@@ -69,7 +70,9 @@ _LATER: Final = frozenset(
         "25006",  # read-only: a standby that is being promoted
         "25P03",  # idle in transaction for too long: we were stopped in the middle
         "25P04",  # the whole transaction took too long
+        "26000",  # no such prepared statement: a pooler has led to another session,
         "3D000",  # no such database yet
+        "42P05",  # or to one that has it from somebody else
         "42P01",  # no such table yet: it waits for the migration,
         "42703",  # or for the next one
         "55006",  # in use
@@ -97,8 +100,11 @@ def is_unavailable(error: BaseException) -> bool:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether the server has answered, and will not have us: a wrong password, or TLS that it lacks or that does not
-    prove who it is. A process that runs waits for a better day; a command ends, as somebody has to do something."""
+    prove who it is; or a pooler that does not take what the URL asks for. A process that runs waits for a better day; a
+    command ends, as somebody has to do something."""
     cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
+    if pooler.is_refusal(cause):
+        return True
     if isinstance(cause, asyncpg.PostgresError):
         return (cause.sqlstate or "").startswith("28")
     # asyncpg raises the bare one when the server has no TLS, the system only its subclasses.
@@ -130,7 +136,7 @@ def reason(error: BaseException) -> str:
     """Why the database is not available, for the log and for an operator: the server's words where it has let nobody
     in, as there is no row yet that they could quote."""
     cause = error.__cause__ if isinstance(error, DatabaseUnavailable) and error.__cause__ else error
-    words = str(cause).partition("\n")[0][:200]
+    words = "; ".join(filter(None, (str(cause).partition("\n")[0][:200], pooler.advice(cause))))
     if words:
         return f"{_kind(cause)}: {words}"
     return (error.detail if isinstance(error, DatabaseUnavailable) else "") or _kind(cause)
@@ -158,14 +164,13 @@ def patience(seconds: float | None) -> Iterator[None]:
 _waiting: ContextVar[asyncio.Timeout | None] = ContextVar("waiting", default=None)
 
 
-async def _connect(*arguments: Any, timeout: float, **options: Any) -> asyncpg.Connection:
-    """asyncpg's, within a wait for a connection: the pool has had room, and its limit is over. What is waited for from
+async def _connect(*arguments: Any, way: Pooler, timeout: float, **options: Any) -> asyncpg.Connection:
+    """The pool's, within a wait for a connection: the pool has had room, and its limit is over. What is waited for from
     here on is PostgreSQL. To give that up as early would mean, on a slow machine, to begin again without end."""
     limit, ends = _waiting.get(), asyncio.get_running_loop().time() + timeout
     if limit is not None and (limit.when() or 0.0) < ends:
         limit.reschedule(ends)
-    connection: asyncpg.Connection = await asyncpg.connect(*arguments, timeout=timeout, **options)
-    return connection
+    return await way.connect(*arguments, timeout=timeout, **options)
 
 
 class Pool(asyncpg.Pool):
@@ -178,12 +183,17 @@ class Pool(asyncpg.Pool):
         DatabaseUnavailable: from every method. Nothing that is raised while connecting says more than "not now".
     """
 
-    def __init__(self, *arguments: Any, acquire_timeout: float, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, *arguments: Any, acquire_timeout: float, way: Pooler, **options: Any) -> None:
+        super().__init__(*arguments, connect=partial(_connect, way=way), **options)
         self._acquire_timeout = acquire_timeout
+        self._way = way
 
     def acquire(self, *, timeout: float | None = None) -> _Acquired:  # type: ignore[override] # it does what that does
-        return _Acquired(super().acquire(), timeout or _patience.get() or self._acquire_timeout)
+        return _Acquired(super().acquire(), timeout or _patience.get() or self._acquire_timeout, self._learn)
+
+    async def _learn(self, error: BaseException | None) -> None:
+        if self._way.betrayed_by(error):
+            await self.expire_connections()
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:
         """With a limit to the wait for what was broken off on it."""
@@ -191,8 +201,10 @@ class Pool(asyncpg.Pool):
 
 
 class _Acquired:
-    def __init__(self, acquiring: Any, seconds: float) -> None:
-        self._acquiring, self._seconds = acquiring, seconds
+    def __init__(
+        self, acquiring: Any, seconds: float, learn: Callable[[BaseException | None], Awaitable[None]]
+    ) -> None:
+        self._acquiring, self._seconds, self._learn = acquiring, seconds, learn
 
     async def __aenter__(self) -> Connection:
         async with self._limited():
@@ -202,6 +214,7 @@ class _Acquired:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
+        await self._learn(error)
         with translated():
             await self._acquiring.__aexit__(kind, error, stack)
         if error is not None and not isinstance(error, TrellisError) and is_unavailable(error):
@@ -232,13 +245,14 @@ def create_pool(settings: Settings) -> Pool:
     Raises:
         InvalidDatabaseUrl: the URL cannot be read. `Settings` have checked it.
     """
+    way = Pooler(settings.database_pooler)
     pool = Pool(
         **_options(settings, "trellis"),
         acquire_timeout=settings.database_acquire_timeout,
-        connect=_connect,
+        way=way,
         min_size=0,
         max_size=settings.database_pool_size,
-        init=partial(_initialize, settings=settings),
+        init=partial(_initialize, settings=settings, way=way),
         reset=_keep_session,
         # As `asyncpg.create_pool` has them, which makes no other class than its own.
         max_queries=50_000,
@@ -258,13 +272,12 @@ async def connect(settings: Settings, application_name: str) -> asyncpg.Connecti
         DatabaseUnavailable: there is none to be had now.
     """
     with translated(connecting=True):
-        connection: asyncpg.Connection = await asyncpg.connect(**_options(settings, application_name))
-        return connection
+        return await Pooler(settings.database_pooler).connect(**_options(settings, application_name))
 
 
 def _options(settings: Settings, application_name: str) -> dict[str, Any]:
     address, timeout = database_url.read(settings.database_url.get_secret_value()), settings.database_statement_timeout
-    options = address.for_asyncpg()
+    options = address.for_asyncpg(settings.database_password_file)
     options["server_settings"] = {"application_name": application_name} | options["server_settings"]
     return options | {"timeout": min(address.connect_timeout or timeout, timeout), "command_timeout": timeout}
 
@@ -287,9 +300,10 @@ _SOCKET_OPTIONS: Final = {
 }
 
 
-async def _initialize(connection: asyncpg.Connection, *, settings: Settings) -> None:
-    with suppress_instrumentation():  # whose trace it would be in, chance decides
-        await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
+async def _initialize(connection: asyncpg.Connection, *, settings: Settings, way: Pooler) -> None:
+    if not way.shares_sessions:  # where they are, the time would be somebody else's, and the role has to have it
+        with suppress_instrumentation():
+            await connection.execute(_LOCK_TIMEOUT, f"{settings.database_acquire_timeout * 1000:.0f}ms")
     _keep_alive(connection, database_url.read(settings.database_url.get_secret_value()).socket_options)
     await _prepare_connection(connection)
 
@@ -312,7 +326,7 @@ def _keep_alive(connection: asyncpg.Connection, options: Mapping[str, int]) -> N
             used.setsockopt(level, getattr(socket, option), value)
 
 
-def libpq_connection(url: str) -> psycopg.Connection:
+def libpq_connection(url: str, password_file: Path | None = None) -> psycopg.Connection:
     """A connection of libpq, with nothing of the environment but what `database_url` takes from it.
 
     Raises:
@@ -321,9 +335,10 @@ def libpq_connection(url: str) -> psycopg.Connection:
     import psycopg
 
     given = {"connect_timeout": "10", "fallback_application_name": "trellis-migrate"}
-    given |= database_url.read(url).for_libpq()
+    given |= database_url.read(url).for_libpq(password_file)
     with _no_libpq_variables():
-        return psycopg.connect(**given)  # type: ignore[arg-type] # each is a string
+        # Prepared by itself after five times, a statement would be met in other sessions of a pooler.
+        return psycopg.connect(**given, prepare_threshold=None)  # type: ignore[arg-type] # each is a string
 
 
 @contextmanager
@@ -340,7 +355,7 @@ def _no_libpq_variables() -> Iterator[None]:
 _environment: Final = threading.Lock()
 
 
-def migrate(database_url: str, *, lock_wait: float = 600) -> str:
+def migrate(database_url: str, *, password_file: Path | None = None, lock_wait: float = 600) -> str:
     """Bring the schema to this release's, and leave a newer one alone; the revision it is at afterwards.
 
     Waits for another process that is migrating, `lock_wait` seconds at most; repeating it is harmless.
@@ -352,6 +367,7 @@ def migrate(database_url: str, *, lock_wait: float = 600) -> str:
     from alembic import command
 
     config = _alembic_config(database_url)
+    config.attributes["password_file"] = password_file
     config.attributes["lock_wait"] = lock_wait
     command.upgrade(config, "head")
     revision: str = config.attributes["revision"]

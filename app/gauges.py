@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import uuid
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -21,10 +24,23 @@ if TYPE_CHECKING:
 #: Seconds between two readings.
 INTERVAL: Final = 5.0
 
-#: Whoever holds this lock reads for all; "trellis" cut to the 63 bits of an advisory lock.
-_READER_LOCK: Final = 0x7472656C6C6973
+#: Intervals for which a claim holds: as long as another process may not have been heard of.
+CLAIM_INTERVALS: Final = 4
 
-_CLAIM: Final = "SELECT pg_try_advisory_lock($1)"
+_KEY: Final = "gauges_reader"
+
+# In a row, with a limit, as a lock of the session would stay behind in a pooler's. Asked first: the conflict alone
+# would lock the row, and write, for everybody who does not get it.
+_CLAIM: Final = """
+INSERT INTO system AS held (key, value)
+SELECT $1, $2 WHERE NOT EXISTS (
+    SELECT FROM system WHERE key = $1 AND value <> $2 AND set_at >= clock_timestamp() - $3::interval
+)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value, set_at = clock_timestamp()
+WHERE held.value = excluded.value OR held.set_at < clock_timestamp() - $3::interval
+RETURNING true
+"""
+_RELEASE: Final = "DELETE FROM system WHERE key = $1 AND value = $2"
 
 # Both walk an index over what is still open, however many orders have ended. Due is who has a quarter of the review
 # left: a share, because windows are of seconds or of days. An order in its second review waits for a person, and is
@@ -42,29 +58,39 @@ log = structlog.get_logger(__name__)
 
 
 async def keep_reading(settings: Settings) -> None:
-    """Read as long as it is not cancelled, on a connection of its own: the lock lives and dies with it, so that
-    another process takes over when this one is gone."""
+    """Read as long as it is not cancelled, on a connection of its own; another process takes over when this one has
+    not been heard of for some intervals."""
+    reader = uuid.uuid4().hex
     with suppress_instrumentation():
         while True:
             try:
                 with db.translated():
-                    await _read_as_the_one(settings)
+                    await _read_as(reader, settings)
             except DatabaseUnavailable as error:
                 log.warning("the gauges cannot be read", reason=db.reason(error))
             await asyncio.sleep(INTERVAL)
 
 
-async def _read_as_the_one(settings: Settings) -> None:
+async def _read_as(reader: str, settings: Settings) -> None:
     connection = await db.connect(settings, "trellis-gauges")
     try:
-        while not await connection.fetchval(_CLAIM, _READER_LOCK):
-            ORDER_GAUGES.clear()
-            await asyncio.sleep(INTERVAL)
         while True:
-            await read(connection)
+            if await connection.fetchval(_CLAIM, _KEY, reader, timedelta(seconds=INTERVAL * CLAIM_INTERVALS)):
+                await read(connection)
+            else:
+                ORDER_GAUGES.clear()
             await asyncio.sleep(INTERVAL)
+    except asyncio.CancelledError:
+        await _leave(connection, reader)
+        raise
     finally:
         connection.terminate()
+
+
+async def _leave(connection: asyncpg.Connection, reader: str) -> None:
+    """Let the next one begin at once, if that takes no time."""
+    with contextlib.suppress(*db.UNAVAILABLE):
+        await connection.execute(_RELEASE, _KEY, reader, timeout=1.0)
 
 
 async def read(connection: asyncpg.Connection) -> None:

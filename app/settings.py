@@ -75,7 +75,18 @@ class Settings(BaseSettings):
         SecretStr("postgresql://trellis:trellis@localhost:5432/trellis"),
         description="PostgreSQL of the product.",
     )
+    database_password_file: Path | None = Field(
+        None,
+        description="File with the password for it, read anew for each connection, so that it can be replaced. The URL "
+        "has none then.",
+    )
     database_pool_size: PositiveInt = Field(10, description="Most connections per process.")
+    database_pooler: Literal["auto", "session", "transaction"] = Field(
+        "auto",
+        description="Whether a pooler such as PgBouncer may give each transaction another session of PostgreSQL. "
+        "`auto`: looked for at each new connection, and assumed of every pooler; `transaction`: it does; `session`: it "
+        "does not, so that statements are kept prepared.",
+    )
     database_statement_timeout: PositiveFloat = Field(
         10.0, le=10, description="Seconds one SQL statement may take; at most 10, see `app/policies.py`."
     )
@@ -331,6 +342,22 @@ class Settings(BaseSettings):
         if self.demo_price is None:
             return None if self.payment_url else SANDBOX_DEMO_PRICE
         return self.demo_price or None
+
+    @model_validator(mode="after")
+    def _database_has_one_password(self) -> Self:
+        file = self.database_password_file
+        if file is None:
+            return self
+        if "password" in database_url.read(self.database_url.get_secret_value()).parameters:
+            raise ValueError(
+                f"{variable('database_password_file')} is set, and {variable('database_url')} or PGPASSWORD has a "
+                "password as well: keep one of them"
+            )
+        try:
+            database_url.password_in(file)
+        except database_url.PasswordUnreadable as error:
+            raise ValueError(f"{variable('database_password_file')}: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _deployment_and_build_go_together(self) -> Self:

@@ -210,6 +210,12 @@ async def test_two_processes_that_migrate_at_once_both_succeed(empty_database_ur
     assert await schema_of(empty_database_url) == await schema_of(database_url)
 
 
+def lock_of_migrations() -> int:
+    """Alembic's script cannot be imported."""
+    source = (Path(db.__file__).parent / "migrations" / "env.py").read_text()
+    return next(int(line.split("=")[1].replace("_", "")) for line in source.splitlines() if line.startswith("LOCK ="))
+
+
 async def test_a_second_migration_waits_for_the_first(empty_database_url: str) -> None:
     from app.migrations import __path__ as migrations
 
@@ -327,8 +333,7 @@ async def test_the_lock_of_a_migration_is_not_waited_for_without_end(
     empty_database_url: str,
 ) -> None:
     """As a session behind a pooler keeps it: who holds it is said, and the command ends."""
-    source = (Path(db.__file__).parent / "migrations" / "env.py").read_text()
-    lock = next(int(line.split("=")[1].replace("_", "")) for line in source.splitlines() if line.startswith("LOCK ="))
+    lock = lock_of_migrations()
     async with connected(empty_database_url) as holder:
         await holder.execute("SET application_name = 'the one'")
         await holder.execute("SELECT pg_advisory_lock($1)", lock)

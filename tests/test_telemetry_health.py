@@ -127,14 +127,19 @@ async def _order(pool: asyncpg.Pool) -> None:
 
 async def test_one_process_reads_for_all(settings: Settings, pool: asyncpg.Pool, quick: None) -> None:
     await _order(pool)
-    async with pool.acquire() as other:
-        assert await other.fetchval(gauges._CLAIM, gauges._READER_LOCK)
-        reading = asyncio.create_task(gauges.keep_reading(settings))
-        await asyncio.sleep(0.5)
+    another = (gauges._KEY, "another", timedelta(seconds=1))
+    assert await pool.fetchval(gauges._CLAIM, *another)
+    reading = asyncio.create_task(gauges.keep_reading(settings))
+    for _ in range(10):
+        await asyncio.sleep(0.05)
+        assert await pool.fetchval(gauges._CLAIM, *another), "the claim is renewed by who has it"
         assert _published() == {}, "the other one reads"
-        assert await other.fetchval("SELECT pg_advisory_unlock($1)", gauges._READER_LOCK)
-        await _until({"received": 1})
-        reading.cancel()
+    # It is not heard of any more, as after a crash.
+    await _until({"received": 1})
+    assert not await pool.fetchval(gauges._CLAIM, *another)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert await pool.fetchval(gauges._CLAIM, *another), "who leaves in order lets the next one begin at once"
 
 
 async def test_the_gauges_outlive_an_outage(

@@ -79,6 +79,7 @@ async def _audit(settings: Settings, partners: Partners, temporal: bool, options
     from app.audit.repository import BooksRepository
     from app.wiring import open_services
 
+    output.log_to_stderr(settings)
     async with open_services(settings) as services:
         if temporal:
             await _require_own(services)

@@ -43,6 +43,7 @@ def promote(
     from app.settings import load
 
     settings = load()
+    output.log_to_stderr(settings)
     if unversioned and build_id:
         _wrong("--unversioned and --build-id exclude each other")
     build = None if unversioned else build_id or settings.temporal_worker_build_id
@@ -63,6 +64,7 @@ def show(name: Name = None, as_json: AsJson = False) -> None:
     from app.settings import load
 
     settings = load()
+    output.log_to_stderr(settings)
     found = asyncio.run(_versions(settings, _name(name, settings)))
     if as_json:
         output.as_json([version.as_dict() for version in found])

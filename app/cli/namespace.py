@@ -86,5 +86,6 @@ async def _opened(settings: Settings) -> AsyncIterator[Identity]:
     from app.identity import Identity
     from app.wiring import open_services
 
+    output.log_to_stderr(settings)
     async with open_services(settings) as services:
         yield Identity(services.pool, services.temporal)

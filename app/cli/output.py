@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from app.steps import FINAL_STEPS, Step
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 Row = Sequence[str]
 
@@ -26,6 +29,17 @@ _COLOURS: Final[dict[str, str]] = {
 def as_json(answer: Any, *, lines: bool = False) -> None:
     """One JSON document, or with `lines` one of the lines of a stream."""
     typer.echo(json.dumps(answer, indent=None if lines else 2))
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """Let log lines of a command go where they do not mix with what it prints."""
+    import structlog
+
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        # Asked for with each line: a stream may have been replaced meanwhile.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+    )
 
 
 def table(columns: Row, rows: Sequence[Row]) -> None:

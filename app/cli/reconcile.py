@@ -57,6 +57,7 @@ def reconcile(
     )
     # Beside a process that serves metrics, as in its container, the port is taken.
     settings = load(metrics_port=0)
+    output.log_to_stderr(settings)
     if every is not None:
         asyncio.run(_schedule(settings, request, every))
         raise typer.Exit(ExitCode.OK)

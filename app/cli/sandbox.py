@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 
 def sandbox(
@@ -26,18 +29,16 @@ def sandbox(
 
     # By way of the settings, which say what is wrong with a URL.
     settings = load(**({"sandbox_database_url": database_url} if database_url else {}))
-    url = settings.sandbox_database_url or settings.database_url
-    asyncio.run(_serve(host, port, url.get_secret_value()))
+    asyncio.run(_serve(host, port, settings))
 
 
-async def _serve(host: str, port: int, database_url: str) -> None:
+async def _serve(host: str, port: int, settings: Settings) -> None:
     import uvicorn
 
-    from app.sandbox.app import create_sandbox
-    from app.sandbox.ledger import Ledger
+    from app.sandbox.app import create_sandbox, ledger_of
 
     # The ledger opens at the first request, so that this may start before its database does.
-    async with Ledger(database_url) as ledger:
+    async with ledger_of(settings) as ledger:
         # Without an access log: it would say nothing that the ledger does not say better.
         # Connections stay longer than any client keeps them, as the API's do.
         config = uvicorn.Config(

@@ -50,7 +50,7 @@ def run_all(
     # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
     version = asyncio.run(_reach_database(settings, wait=True))
     if version is None or version < db.SCHEMA_VERSION:
-        db.migrate(settings.database_url.get_secret_value())
+        db.migrate(settings.database_url.get_secret_value(), password_file=settings.database_password_file)
     application = create(settings)
     try:
         serve(application, settings)
@@ -136,7 +136,7 @@ def migrate(
 
     settings = _settings()
     asyncio.run(_reach_database(settings, wait=wait))
-    revision = db.migrate(settings.database_url.get_secret_value())
+    revision = db.migrate(settings.database_url.get_secret_value(), password_file=settings.database_password_file)
     newer = f", newer than this release's {db.SCHEMA_VERSION}: left alone" if revision > db.SCHEMA_VERSION else ""
     typer.echo(f"the schema is at {revision}{newer}")
 

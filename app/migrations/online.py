@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from alembic import op
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+
+from app import pooler
+
+if TYPE_CHECKING:
+    import psycopg
 
 #: Seconds for which a statement waits for its lock, and others behind it.
 LOCK_SECONDS: Final = 1
@@ -32,7 +37,14 @@ log = structlog.get_logger(__name__)
 
 def quickly(statement: str) -> None:
     """A change that takes no longer than its lock: a column, a constraint that is not validated, a comment, a drop."""
-    _again_while_locked(lambda: op.execute(text(statement)))
+
+    def change() -> None:
+        # In one transaction, as through a pooler the next one may be in another session.
+        with _driver().transaction():
+            op.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+            op.execute(text(statement))
+
+    _again_while_locked(change)
 
 
 def add_check(table: str, name: str, condition: str) -> None:
@@ -53,23 +65,39 @@ def _add_constraint(table: str, name: str, rule: str) -> None:
 
 def create_index(name: str, on: str, *, unique: bool = False) -> None:
     """An index, built while the table is read and written. `on` is what follows ON: `orders (state) WHERE …`."""
-
-    def create() -> None:
-        # What an attempt that was broken off has left is not valid, and would be taken for the index.
-        op.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
-        op.execute(text(f"CREATE {'UNIQUE ' if unique else ''}INDEX CONCURRENTLY {name} ON {on}"))
-
-    _again_while_locked(create)
+    # What an attempt that was broken off has left is not valid, and would be taken for the index.
+    _concurrently(
+        f"DROP INDEX CONCURRENTLY IF EXISTS {name}",
+        f"CREATE {'UNIQUE ' if unique else ''}INDEX CONCURRENTLY {name} ON {on}",
+    )
 
 
 def drop_index(name: str) -> None:
     """Without a moment in which nobody gets at the table."""
-    quickly(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
+    _concurrently(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
+
+
+def _concurrently(*statements: str) -> None:
+    """Statements that no transaction can have around them. Nobody waits behind them, so that the limit is for our own
+    sake only; through a pooler, where it would be somebody else's, they wait for as long as the oldest transaction."""
+
+    def change() -> None:
+        if not pooler.is_between(_driver()):
+            op.execute(text(f"SET lock_timeout = '{LOCK_SECONDS}s'"))
+        for statement in statements:
+            op.execute(text(statement))
+
+    _again_while_locked(change)
+
+
+def _driver() -> psycopg.Connection:
+    """psycopg's own connection."""
+    found: psycopg.Connection = op.get_bind().connection.driver_connection  # type: ignore[assignment]
+    return found
 
 
 def _again_while_locked(change: Callable[[], None]) -> None:
     with op.get_context().autocommit_block():
-        op.execute(text(f"SET lock_timeout = '{LOCK_SECONDS}s'"))
         for left in range(TRIES, 0, -1):
             try:
                 change()

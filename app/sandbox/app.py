@@ -54,9 +54,18 @@ def create_sandbox(ledger: Ledger, *, faults: Faults = DEFAULT_FAULTS) -> Starle
 @asynccontextmanager
 async def open_sandbox(settings: Settings) -> AsyncIterator[Starlette]:
     """The sandbox on the database that the settings name, with the ledger closed at the end."""
-    database = settings.sandbox_database_url or settings.database_url
-    async with Ledger(database.get_secret_value()) as ledger:
+    async with ledger_of(settings) as ledger:
         yield create_sandbox(ledger)
+
+
+def ledger_of(settings: Settings) -> Ledger:
+    """The ledger where the settings say; without a word about it, in the product's database."""
+    own = settings.sandbox_database_url
+    return Ledger(
+        (own or settings.database_url).get_secret_value(),
+        pooler=settings.database_pooler,
+        password_file=None if own else settings.database_password_file,
+    )
 
 
 async def _healthz(_request: Request) -> Response:

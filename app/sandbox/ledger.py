@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import asyncpg
 
 from app import database_url
+from app.pooler import Mode, Pooler
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
 Partner = Literal["payments", "carrier"]
@@ -156,14 +158,16 @@ class Attempts:
     age_seconds: float
 
 
-def _options(dsn: str, timeout: float) -> dict[str, Any]:
+def _options(dsn: str, timeout: float, password_file: Path | None = None) -> dict[str, Any]:
     """As the product connects to its own database: a password is not given away here either."""
-    options = database_url.read(dsn).for_asyncpg()
+    options = database_url.read(dsn).for_asyncpg(password_file)
     options["server_settings"] = {"application_name": "trellis-sandbox"} | options["server_settings"]
     return options | {"timeout": timeout, "command_timeout": timeout}
 
 
-async def prepare(dsn: str, *, timeout: float = 10.0) -> None:
+async def prepare(
+    dsn: str, *, timeout: float = 10.0, way: Pooler | None = None, password_file: Path | None = None
+) -> None:
     """Create schema and tables where they are missing. Several processes may do so at the same moment.
 
     Needs no right to create anything once they are there.
@@ -171,7 +175,7 @@ async def prepare(dsn: str, *, timeout: float = 10.0) -> None:
     Raises:
         asyncpg.InsufficientPrivilegeError: something is missing and the role may not create it.
     """
-    connection = await asyncpg.connect(**_options(dsn, timeout))
+    connection = await (way or Pooler()).connect(**_options(dsn, timeout, password_file))
     try:
         if await _is_prepared(connection):
             return
@@ -199,12 +203,24 @@ class Ledger:
     Every method raises one of `LEDGER_ERRORS` when the database does not answer.
     """
 
-    def __init__(self, dsn: str, *, lease_seconds: float = 30.0, pool_size: int = 5, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        lease_seconds: float = 30.0,
+        pool_size: int = 5,
+        timeout: float = 10.0,
+        pooler: Mode = "auto",
+        password_file: Path | None = None,
+    ) -> None:
         """`lease_seconds`: after this long a request that never settled is taken for dead.
-        `timeout`: seconds for connecting, for a free connection and for one statement each."""
+        `timeout`: seconds for connecting, for a free connection and for one statement each.
+        `password_file`: read anew for each connection."""
         if lease_seconds <= 0:
             raise ValueError("a lease lasts longer than nothing")
         self._dsn = dsn
+        self._password_file = password_file
+        self._way = Pooler(pooler)
         self._lease_seconds = lease_seconds
         self._pool_size = pool_size
         self._timeout = timeout
@@ -523,9 +539,13 @@ class Ledger:
         # The limit includes the wait for the lock: all who wait for a silent database give up together.
         async with asyncio.timeout(self._timeout), self._opening:
             if self._pool is None:
-                await prepare(self._dsn, timeout=self._timeout)
+                await prepare(self._dsn, timeout=self._timeout, way=self._way, password_file=self._password_file)
                 self._pool = await asyncpg.create_pool(
-                    min_size=0, max_size=self._pool_size, reset=_keep, **_options(self._dsn, self._timeout)
+                    min_size=0,
+                    max_size=self._pool_size,
+                    reset=_keep,
+                    connect=self._way.connect,
+                    **_options(self._dsn, self._timeout, self._password_file),
                 )
             return self._pool
 
