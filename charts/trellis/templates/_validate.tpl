@@ -217,6 +217,7 @@
 {{- with .Values -}}
 {{- $elsewhere := dict
   "database_pool_size" "database.poolSize"
+  "database_pooler" "database.pooler"
   "temporal_address" "temporalClient.address"
   "temporal_namespace" "temporalClient.namespace"
   "temporal_tls" "temporalClient.tls.enabled"
