@@ -16,6 +16,7 @@ from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.service import RPCError
 from typer.testing import CliRunner
 
+from app.audit.models import Kind
 from app.cli import edge
 from app.cli.main import app as cli
 from app.errors import DatabaseUnavailable, WrongNamespace
@@ -27,7 +28,7 @@ from app.settings import Settings
 from app.steps import Step
 from app.temporal import is_namespace_missing, is_not_found
 from app.wiring import Services, open_services
-from tests.bookkeeping import opened_shop
+from tests.bookkeeping import Shop, opened_shop
 from tests.support import until
 
 
@@ -151,6 +152,71 @@ async def test_reconcile_touches_nothing_with_another_systems_namespace(services
             await reconciler(wrong, everything).run()
         states = await shop.pool.fetch("SELECT id, state FROM orders")
         assert all(row["id"] == f"o-{row['state']}" for row in states)
+
+
+# --- another environment's: each of the four, and what becomes of it
+
+#: What one configuration of an environment may have of another one, and what the product does then. Each has a test.
+OTHERS = {
+    "namespace": "refused: its id is in the database, see decision 57",
+    "database": "refused: it has the id of its own namespace",
+    "provider": "reconcile refuses to write a charge off; the audit tells of charges that nobody knows",
+    "carrier": "the audit tells of parcels that nobody has; the contract has no other look that changes nothing",
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+async def test_what_belongs_to_another_environment(services: Services, elsewhere: str, which: str) -> None:
+    """Ours has an order in doubt and an order that was shipped; then one of four parts is another environment's."""
+    await Identity(services.pool, services.temporal).claim()
+    async with opened_shop(services) as shop:
+        await shop.order("o-doubt", Step.CHARGING)
+        await shop.charge("pay-o-doubt")
+        await shop.order("o-shipped", Step.SHIPPED)
+        await OTHER_CASES[which](services, shop, elsewhere)
+        assert await shop.pool.fetchval("SELECT status FROM payments WHERE order_id = 'o-doubt'") == "INIT"
+        assert await shop.pool.fetchval("SELECT state FROM orders WHERE id = 'o-doubt'") == Step.CHARGING
+
+
+async def _other_namespace(services: Services, _shop: Shop, elsewhere: str) -> None:
+    async with open_services(services.settings.model_copy(update={"temporal_namespace": elsewhere})) as mixed:
+        with pytest.raises(WrongNamespace):
+            await reconciler(mixed, EVERYTHING).run()
+        with pytest.raises(WrongNamespace):
+            await Identity(mixed.pool, mixed.temporal).claim()
+
+
+async def _other_database(services: Services, _shop: Shop, elsewhere: str) -> None:
+    """Ours here is the namespace `elsewhere`, and the database has the id of its own."""
+    mixed = services.settings.model_copy(update={"temporal_namespace": elsewhere})
+    async with api(mixed) as http:
+        answer = await http.post("/orders/o-new/start", json={"payment_id": "pay-new"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "WrongNamespace")
+        assert "TRELLIS_DATABASE_URL" in answer.json()["detail"]
+
+
+async def _other_provider(services: Services, shop: Shop, _elsewhere: str) -> None:
+    """It knows neither the charge in doubt nor any other."""
+    await shop.sql(*(f"DELETE FROM sandbox.{table}" for table in ("refunds", "charges", "idempotency_keys")))
+    report = await reconciler(services, EVERYTHING).run()
+    (repair,) = [repair for repair in report.repairs if repair.order_id == "o-doubt"]
+    assert not repair.done
+    assert "is it another environment's? See TRELLIS_PAYMENT_URL" in (repair.detail or "")
+    assert Kind.CHARGE_MISSING in (await shop.kinds())["o-shipped"]
+
+
+async def _other_carrier(_services: Services, shop: Shop, _elsewhere: str) -> None:
+    await shop.sql("DELETE FROM sandbox.parcels")
+    assert Kind.PARCEL_MISSING in (await shop.kinds())["o-shipped"]
+
+
+OTHER_CASES = {
+    "namespace": _other_namespace,
+    "database": _other_database,
+    "provider": _other_provider,
+    "carrier": _other_carrier,
+}
+EVERYTHING = ReconcileRequest(apply=True, grace_seconds=0, settle_seconds=0, accept_unknown=True)
 
 
 async def test_a_namespace_that_is_not_there_is_no_closed_order(services: Services) -> None:

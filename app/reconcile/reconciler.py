@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from app.order.models import OrderInput
     from app.order.repository import OrderRepository
     from app.payment.activities import PaymentActivities
-    from app.payment.gateway import PaymentGateway
+    from app.payment.gateway import PaymentGateway, Receipt
     from app.payment.repository import PaymentRepository
     from app.reconcile.repository import Left, LeftBehind
     from app.shipping.activities import ShippingActivities
@@ -93,6 +93,7 @@ class Reconciler:
         self._beat = beat
         self._report = ReconcileReport()
         self._silences = 0
+        self._is_own_provider = False
 
     async def run(self) -> ReconcileReport:
         """The pass. What is wrong with one order is in the report, and holds no other up.
@@ -211,7 +212,7 @@ class Reconciler:
     async def _charging(self, left: Left, reason: str) -> None:
         """Without a charge at the provider the payment stays INIT: an attempt that was taken for dead might yet come
         through. `_doubt` looks again when that can no longer be."""
-        receipt = await self._tools.gateway.find_charge(left.payment_id)
+        receipt = await self._find_charge(left.payment_id)
         await self._require_at(left.order_id, left.step)
         if receipt is None:
             await self._cancel(left, reason)
@@ -254,7 +255,7 @@ class Reconciler:
 
     async def _doubt(self, left: Left) -> None:
         """The payment stays in doubt until the money is back, so that a pass that breaks off leaves it to the next."""
-        receipt = await self._tools.gateway.find_charge(left.payment_id)
+        receipt = await self._find_charge(left.payment_id)
         if receipt is None:
             await self._tools.left.never_charged(left.order_id, left.payment_id)
             return
@@ -281,7 +282,7 @@ class Reconciler:
     async def _write_down(self, order: ClosedOrder, start: OrderInput) -> None:
         payment_id = start.request.payment_id
         owner = await self._tools.left.payment_owner(payment_id)
-        if owner is None and await self._tools.gateway.find_charge(payment_id):
+        if owner is None and await self._find_charge(payment_id):
             # The row was there and is lost. This is not for a machine to tidy up.
             raise InvalidRequest("it was charged, and has no row: were the tables restored from a backup?")
         await self._fates(order.order_id)
@@ -296,6 +297,24 @@ class Reconciler:
         await self._tools.orders.close(CloseOrder(order_id=left.order_id, step=Step.CANCELLED, reason=reason))
 
     # --- shared
+
+    async def _find_charge(self, payment_id: str) -> Receipt | None:
+        """The charge at the provider. That there is none is believed of a provider alone that knows one in the books:
+        another environment's knows none at all, and every charge in doubt would be written off.
+
+        Raises:
+            InvalidRequest: it is another provider, or another account there.
+        """
+        receipt = await self._tools.gateway.find_charge(payment_id)
+        if receipt is None and not self._is_own_provider:
+            known = await self._tools.left.known_charge(self._request.settle_seconds)
+            if known is not None and await self._tools.gateway.find_charge(known) is None:
+                raise InvalidRequest(
+                    f"the payment provider does not know the charge of {known}, which is in the books: is it another "
+                    "environment's? See TRELLIS_PAYMENT_URL and its token"
+                )
+            self._is_own_provider = True
+        return receipt
 
     async def _fates(self, order_id: str) -> tuple[Fate, Fate]:
         """What became of the order's workflow and of its shipment's. Raises `_UnderWay` if either runs, or ended so

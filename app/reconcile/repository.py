@@ -36,6 +36,14 @@ FROM orders LEFT JOIN payments ON payments.order_id = orders.id
 WHERE orders.id = $1
 """
 
+# By the newest orders, for which there is an index. What is settled for so long no look-up that lags can miss.
+_KNOWN = """
+SELECT payments.payment_id FROM orders JOIN payments ON payments.order_id = orders.id
+WHERE payments.status IN ('CHARGED', 'REFUNDED')
+  AND payments.settled_at <= clock_timestamp() - make_interval(secs => $1)
+ORDER BY orders.created_at DESC, orders.id DESC LIMIT 1
+"""
+
 _OWNER = "SELECT order_id FROM payments WHERE payment_id = $1"
 
 
@@ -89,6 +97,11 @@ class LeftBehind:
             await events.lock(connection, order_id)
             if await mark_failed(connection, payment_id) == "UPDATE 1":
                 await events.record(connection, order_id, "reconciled", payload, key="reconciled:payment")
+
+    async def known_charge(self, seconds: float) -> str | None:
+        """The payment id of a charge that was written down so many seconds ago; None if there is none."""
+        found: str | None = await self._pool.fetchval(_KNOWN, seconds)
+        return found
 
     async def payment_owner(self, payment_id: str) -> str | None:
         """The order that has claimed this payment id."""
