@@ -192,7 +192,9 @@ class Pool(asyncpg.Pool):
         return _Acquired(super().acquire(), timeout or _patience.get() or self._acquire_timeout, self._learn)
 
     async def _learn(self, error: BaseException | None) -> None:
-        if self._way.betrayed_by(error):
+        """Give up connections that lead to where no further one is to lead: into a mixed-up session, or to a server
+        that is a standby by now, where each would answer but write nothing."""
+        if self._way.betrayed_by(error) or isinstance(error, asyncpg.ReadOnlySQLTransactionError):
             await self.expire_connections()
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
@@ -29,6 +30,7 @@ from app.shipping.models import Shipment
 from app.shipping.repository import ShipmentRepository
 from app.steps import Step
 from app.wiring import Services
+from tests import databases
 
 USD = Money(amount=Decimal("50.00"), currency="USD")
 
@@ -38,6 +40,7 @@ class Shop:
 
     def __init__(self, services: Services, ledger: Ledger, partners: LedgerBooks) -> None:
         self.pool = services.pool
+        self.url = services.settings.database_url.get_secret_value()
         self.ledger = ledger
         self.partners = partners
         self.temporal = services.temporal
@@ -78,9 +81,18 @@ class Shop:
             await self.shipping.recall(Shipment(order_id=order_id))
             await self.payments.refund(RefundRequest.model_validate(payment | {"close_as": step, "reason": "test"}))
 
+    @asynccontextmanager
+    async def owner(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection of whoever owns the tables."""
+        connection = await asyncpg.connect(databases.owner_of(self.url))
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
     async def sql(self, *statements: str) -> None:
         """Do what the tables forbid."""
-        async with self.pool.acquire() as connection, connection.transaction():
+        async with self.owner() as connection, connection.transaction():
             for table in ("orders", "payments", "events"):
                 await connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
             for statement in statements:

@@ -2,6 +2,9 @@
 
 By default the run starts PostgreSQL and the Temporal dev server itself. With TRELLIS_TEST_DATABASE_URL (a role that
 may create databases) and TRELLIS_TEST_TEMPORAL_ADDRESS it uses running ones, and touches none of their data.
+
+With TRELLIS_TEST_ROLE the product's role owns nothing, with TRELLIS_TEST_TIMEZONE its databases are of that time zone.
+The role of TRELLIS_TEST_DATABASE_URL has to be allowed to make roles for the former.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import AsyncIterator
@@ -22,11 +26,12 @@ import pytest
 
 from app import db
 from app.http import create_app
+from app.local.postgres import USER, LocalPostgres
 from app.main import create
 from app.settings import Settings
 from app.wiring import Services, open_services
 from tests import databases
-from tests.support import running_workers, serving
+from tests.support import running_workers, serving, until
 
 # What this machine or container sets for the product is not meant for its tests: the product's metrics port is taken.
 for _name in [*os.environ]:
@@ -77,11 +82,33 @@ async def servers() -> AsyncIterator[Servers]:
             from app.local.stack import LocalStack
 
             local = await stack.enter_async_context(LocalStack(durable=False))
+            if databases.ROLE:
+                await let_it_make_roles(local.postgres)
             given = local.database_url, local.temporal_address
         database_url, temporal_address = given
         assert database_url
         assert temporal_address
+        await databases.prepare_role(database_url)
         yield Servers(database_url, temporal_address)
+
+
+async def let_it_make_roles(server: LocalPostgres) -> None:
+    """The role of our own server may not, and nobody else can log in: so the superuser may, for as long as this run."""
+    (server.data / "pg_hba.conf").write_text(
+        "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+    )
+    os.kill(int((server.data / "postmaster.pid").read_text().split()[0]), signal.SIGHUP)
+
+    async def allowed() -> bool:
+        try:
+            admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{server.port}/postgres")
+        except asyncpg.PostgresError:
+            return False
+        await admin.execute(f"ALTER ROLE {USER} CREATEROLE")
+        await admin.close()
+        return True
+
+    await until(allowed, "the server to trust its superuser")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +116,7 @@ async def template(servers: Servers) -> AsyncIterator[str]:
     """The name of a migrated database, to be copied."""
     async with databases.database(servers.admin_url) as url:
         await asyncio.to_thread(db.migrate, url)
+        await databases.grant(url)
         yield urlsplit(url).path.removeprefix("/")
 
 

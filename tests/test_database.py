@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import httpx
@@ -319,6 +320,17 @@ async def test_transactions_that_stand_in_each_others_way_are_repeated_without_s
     assert {type(error) for error in conflicts} == {DatabaseUnavailable}
 
 
+async def test_a_session_that_cannot_write_is_given_up(settings: Settings, pool: asyncpg.Pool) -> None:
+    """As after a fail-over, when the connection still leads to the old server: it answers, and writes nothing."""
+    await set_for_role(pool, "default_transaction_read_only", "on")
+    async with db.create_pool(settings.model_copy(update={"database_pool_size": 1})) as given:
+        write = "INSERT INTO orders (id, state) VALUES ('o-1', 'received')"
+        with pytest.raises(DatabaseUnavailable, match="ReadOnlySQLTransactionError"):
+            await given.execute(write)
+        await set_for_role(pool, "default_transaction_read_only", "off")
+        await given.execute(write)
+
+
 async def set_for_role(pool: asyncpg.Pool, name: str, value: str) -> None:
     """As an administrator does, for this role in this database; it holds for connections made from now on."""
     role, database = await pool.fetchrow("SELECT current_user, current_database()")  # type: ignore[misc]
@@ -360,7 +372,8 @@ async def test_gauges_outlast_whatever_goes_wrong(settings: Settings, monkeypatc
 
 
 async def test_a_database_that_refuses_is_waited_for_only_by_who_can(settings: Settings) -> None:
-    wrong = settings.database_url.get_secret_value().replace(":trellis@", ":wrong@")
+    right = urlsplit(settings.database_url.get_secret_value())
+    wrong = urlunsplit(right._replace(netloc=right.netloc.replace(f":{right.password}@", ":wrong@")))
     async with db.create_pool(settings.model_copy(update={"database_url": SecretStr(wrong)})) as pool:
         with pytest.raises(DatabaseUnavailable) as refused:
             await asyncio.wait_for(db.wait_until_answering(pool, through_refusals=False), 20)

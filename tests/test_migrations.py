@@ -42,6 +42,7 @@ from app.reconcile.models import ReconcileRequest
 from app.reconcile.worker import reconciler
 from app.settings import Settings
 from app.steps import Step
+from tests import databases
 from tests.shop import HOME, OFFICE, REFUSED, open_shop
 from tests.support import serving, until
 
@@ -392,7 +393,7 @@ async def test_waiting_goes_on_while_the_database_is_not_there(servers: Servers,
 
 async def test_an_older_schema_is_not_enough(database_url: str, api_alone: httpx.AsyncClient) -> None:
     assert (await api_alone.get("/readyz")).status_code == 200
-    await asyncio.to_thread(db.downgrade, database_url, [*revisions(), "base"][-3])
+    await asyncio.to_thread(db.downgrade, databases.owner_of(database_url), [*revisions(), "base"][-3])
     answer = await api_alone.get("/readyz")
     assert answer.status_code == 503
     assert "trellis migrate" in answer.json()["checks"]["database"]
@@ -401,7 +402,7 @@ async def test_an_older_schema_is_not_enough(database_url: str, api_alone: httpx
             waiting = asyncio.create_task(db.wait_until_migrated(pool))
             await until_said(logs)
             assert not waiting.done()
-            await asyncio.to_thread(db.migrate, database_url)
+            await asyncio.to_thread(db.migrate, databases.owner_of(database_url))
             await asyncio.wait_for(waiting, 20)
 
 
@@ -414,7 +415,7 @@ async def test_a_release_goes_on_while_and_after_a_newer_one_migrates(
     orders = OrderRepository(pool)
     await orders.receive(OrderInput(order_id="o-1", request=StartOrder(payment_id="pay-1")), "run-1")
     before = (await api_alone.get("/orders/o-1")).json()
-    async with connected(database_url) as newer:
+    async with connected(databases.owner_of(database_url)) as newer:
         # What the next release may do: add.
         await newer.execute("""
             ALTER TABLE orders ADD COLUMN gift_note TEXT;
@@ -436,12 +437,12 @@ async def test_a_release_goes_on_while_and_after_a_newer_one_migrates(
 async def test_migrating_leaves_a_newer_schema_alone(database_url: str) -> None:
     """What a deployment does that is rolled back."""
     await fill(database_url)
-    async with connected(database_url) as newer:
+    async with connected(databases.owner_of(database_url)) as newer:
         await newer.execute(
             "ALTER TABLE orders ADD COLUMN gift_note TEXT; UPDATE alembic_version SET version_num = '9999'"
         )
     schema = await schema_of(database_url)
-    code, said = await trellis(database_url, "migrate")
+    code, said = await trellis(databases.owner_of(database_url), "migrate")
     assert (code, said) == (0, f"the schema is at 9999, newer than this release's {db.SCHEMA_VERSION}: left alone\n")
     assert await schema_of(database_url) == schema
     async with pool_of(database_url) as pool:

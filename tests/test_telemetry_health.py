@@ -14,6 +14,7 @@ import pytest
 from app import db, gauges, health, metrics
 from app.health import Readiness
 from app.settings import Settings
+from tests import databases
 from tests.telemetry import environment, eventually, free_port, started, until_ready
 
 
@@ -148,7 +149,8 @@ async def test_the_gauges_outlive_an_outage(
     await _order(pool)
     reading = asyncio.create_task(gauges.keep_reading(settings))
     await _until({"received": 1})
-    await pool.execute("ALTER TABLE orders RENAME TO gone")
+    url = settings.database_url.get_secret_value()
+    await databases.as_owner(url, "ALTER TABLE orders RENAME TO gone")
     await pool.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trellis-gauges' "
         "AND datname = current_database()"
@@ -158,7 +160,7 @@ async def test_the_gauges_outlive_an_outage(
     monkeypatch.setattr(metrics, "STALE_AFTER", 0.1)
     await asyncio.sleep(0.2)
     assert _published() == {}, "then it would mislead"
-    await pool.execute("ALTER TABLE gone RENAME TO orders")
+    await databases.as_owner(url, "ALTER TABLE gone RENAME TO orders")
     await _order(pool)
     monkeypatch.setattr(metrics, "STALE_AFTER", 60.0)
     await _until({"received": 2})
