@@ -112,7 +112,7 @@ def read(file: Path) -> str:
 async def test_the_audit_and_reconcile_read_through_a_pooler(shop: Shop) -> None:
     """What they print is theirs alone: that a pooler was seen is a line of the log."""
     for command in (("audit", "--no-temporal", "--json"), ("reconcile", "--json")):
-        code, printed, logged = await trellis(environment(shop.settings), *command)
+        code, printed, logged = await trellis(environment(shop.settings, TRELLIS_LOG_LEVEL="info"), *command)
         assert code == 0, (printed, logged)
         assert json.loads(printed)
         assert "TRELLIS_DATABASE_POOLER" in logged

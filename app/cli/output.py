@@ -32,11 +32,25 @@ def as_json(answer: Any, *, lines: bool = False) -> None:
 
 
 def log_to_stderr(settings: Settings) -> None:
-    """Let log lines of a command go where they do not mix with what it prints."""
+    """Let log lines of a command go where they do not mix with what it prints; below an error only those that were
+    asked for by TRELLIS_LOG_LEVEL, as what goes wrong is one line."""
     import structlog
 
+    least = settings.log_level if "log_level" in settings.model_fields_set else "error"
+    levels = ("debug", "info", "warning", "error", "critical")
+
+    def drop_the_rest(_logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if method in levels and levels.index(method) < levels.index(least):
+            raise structlog.DropEvent
+        return event
+
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        processors=[
+            drop_the_rest,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
         # Asked for with each line: a stream may have been replaced meanwhile.
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
