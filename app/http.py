@@ -81,7 +81,12 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         serving.adopt(settings)
         async with open_services(settings) as services:
             repository = OrderRepository(services.pool)
-            feed = EventFeed(repository, max_streams=settings.max_streams, max_seconds=settings.stream_max_seconds)
+            feed = EventFeed(
+                repository,
+                max_streams=settings.max_streams,
+                max_streams_per_client=settings.max_streams_per_client,
+                max_seconds=settings.stream_max_seconds,
+            )
             identity = Identity(services.pool, services.temporal)
             service = OrderService(settings, repository, services.temporal, identity)
             app.state.services = services

@@ -132,6 +132,12 @@ class Settings(BaseSettings):
     max_streams: PositiveInt = Field(
         500, description="Most event streams per process; one more is answered 503 with `Retry-After`."
     )
+    max_streams_per_client: PositiveInt | None = Field(
+        None,
+        description="Most event streams per process of one client: an IPv4 address, or a /64 of IPv6. One more is "
+        "answered 503 with `Retry-After`. Unset: half of `TRELLIS_MAX_STREAMS`. Behind a proxy all clients have its "
+        "address, unless `FORWARDED_ALLOW_IPS` names the proxy.",
+    )
     stream_max_seconds: PositiveFloat = Field(
         900.0,
         description="Longest time an event stream lasts. It ends in order, and a client goes on by `Last-Event-ID`, as "

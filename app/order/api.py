@@ -303,7 +303,7 @@ class _LiveTimeline(EventSourceResponse):
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.place():
+        with self._feed.place(scope["client"][0] if scope.get("client") else ""):
             await super().__call__(scope, receive, send)
 
 
