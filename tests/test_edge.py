@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import os
 import re
 import signal
 import sys
@@ -185,6 +186,32 @@ async def test_one_timeline_that_cannot_be_read_ends_and_the_others_go_on(
     assert _failures("timelines") > failures
     await good.aclose()
     await timelines.close()
+
+
+async def test_an_event_that_cannot_be_read_is_counted(pool: asyncpg.Pool, logged: list[Any]) -> None:
+    """What `python -m tests.alerts` makes TrellisBackgroundFailures fire with."""
+    await _written(pool, "o-1")
+    await pool.execute("INSERT INTO events (order_id, type, ts) VALUES ('o-1', 'note', '4000-01-01 BC')")
+    timelines, failures = EventFeed(OrderRepository(pool)), _failures("timelines")
+    async with asyncio.timeout(20):
+        assert await _all_of(timelines.watch("o-1")) == []
+    assert _failures("timelines") > failures
+    await timelines.close()
+
+
+async def test_several_workers_do_not_share_a_metrics_port() -> None:
+    env = {name: text for name, text in os.environ.items() if not name.startswith("TRELLIS_")}
+    env |= {"TRELLIS_SANDBOX": "true", "TRELLIS_METRICS_PORT": str(free_port())}
+    command = ("-m", "uvicorn", "app.main:app", "--port", str(free_port()), "--workers", "2")
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE, env=env)
+    try:
+        async with asyncio.timeout(60):
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+    assert said.count(b"a process is a replica") == 1
+    assert b"Traceback" not in said
 
 
 async def test_watchers_are_told_when_the_reader_fails_and_it_runs_again(

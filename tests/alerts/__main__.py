@@ -198,10 +198,9 @@ async def _provoke(stack: ObservedStack, shop: Shop, watch: Watch) -> None:
 
     # A timeline that cannot be read, while somebody watches it.
     await shop.until_at("review-1", "awaiting_review")
-    await shop.alter("trellis", "UPDATE events SET ts = '4000-01-01 BC' WHERE order_id = 'review-1'")
+    await shop.alter("trellis", "INSERT INTO events (order_id, type, ts) VALUES ('review-1', 'note', '4000-01-01 BC')")
     await shop.watch("review-1")
     await watch.until_fired("TrellisBackgroundFailures")
-    await shop.alter("trellis", "UPDATE events SET ts = now() WHERE order_id = 'review-1'")
 
     # A refund that the provider does not know the charge of, after a carrier that takes nothing.
     await shop.sell("refund", "pay-refund", zip_code="00005")
