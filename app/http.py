@@ -28,6 +28,7 @@ from app.order.feed import EventFeed
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
 from app.problems import Fault, Problem, ProblemResponse, code_schema
+from app.text import shown
 from app.wiring import Services, open_services
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 MAX_BODY_BYTES: Final = 64 * 1024
-#: Of the name of a field or parameter that nobody knows, so much is repeated in the answer.
-MAX_NAME: Final = 64
+#: So many faults of a request are named in the answer.
+MAX_FAULTS: Final = 100
 #: Of a body that is refused so much is read, and so long, before the answer.
 DISCARD_BYTES: Final = 8 * 1024 * 1024
 DISCARD_SECONDS: Final = 5.0
@@ -80,7 +81,12 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
         serving.adopt(settings)
         async with open_services(settings) as services:
             repository = OrderRepository(services.pool)
-            feed = EventFeed(repository, max_streams=settings.max_streams, max_seconds=settings.stream_max_seconds)
+            feed = EventFeed(
+                repository,
+                max_streams=settings.max_streams,
+                max_streams_per_client=settings.max_streams_per_client,
+                max_seconds=settings.stream_max_seconds,
+            )
             identity = Identity(services.pool, services.temporal)
             service = OrderService(settings, repository, services.temporal, identity)
             app.state.services = services
@@ -236,18 +242,20 @@ async def _validation_problem(_: Request, error: Exception) -> ProblemResponse:
     return _invalid(
         *(
             Fault(
-                field=".".join(str(part)[:MAX_NAME] for part in fault["loc"]),
+                field=".".join(shown(str(part)) for part in fault["loc"]),
                 rule=fault["msg"].removeprefix("Value error, "),
             )
-            for fault in error.errors()
+            for fault in error.errors()[:MAX_FAULTS]
         )
     )
 
 
-async def _http_problem(_: Request, error: Exception) -> ProblemResponse:
+async def _http_problem(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return _too_large()
+    if isinstance(error.__cause__, InvalidRequest):
+        return await _trellis_problem(request, error.__cause__)
     if error.status_code == HTTPStatus.BAD_REQUEST:
         # FastAPI's word for a body that no parser could take: not UTF-8, nested too deep, a number without end.
         return _invalid(Fault(field="body", rule="JSON decode error"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from app.cli import edge
+from app.errors import SettingsError
 from app.settings import load
 from app.telemetry import configure_logging
 
@@ -64,11 +68,30 @@ def _end_the_process_on_failure(app: FastAPI, running: asyncio.Task[None]) -> No
         signal.raise_signal(signal.SIGTERM)
 
 
+def _refuse_to_share_a_port(settings: Settings) -> None:
+    workers = _workers_of_uvicorn()
+    if settings.metrics_port and workers > 1:
+        raise SettingsError(
+            f"TRELLIS_METRICS_PORT is set, and {workers} workers of uvicorn cannot share that port: a process is a "
+            "replica, so run several, each with a port of its own, and leave out --workers and WEB_CONCURRENCY"
+        )
+
+
+def _workers_of_uvicorn() -> int:
+    """How many processes there are, in one that uvicorn has started beside others."""
+    if multiprocessing.parent_process() is None:
+        return 1
+    text = " ".join(sys.argv)
+    given = re.search(r"--workers[ =](\d+)", text)
+    return int(given[1] if given else os.environ.get("WEB_CONCURRENCY", "1"))
+
+
 def __getattr__(name: str) -> Any:
     # Built when uvicorn asks for it, so that importing `create` reads no settings.
     if name == "app":
         try:
             settings = load()
+            _refuse_to_share_a_port(settings)
             from app import partners
 
             partners.check(settings)
@@ -76,6 +99,11 @@ def __getattr__(name: str) -> Any:
             return create(settings)
         except Exception as error:  # noqa: BLE001 - uvicorn would print its stack
             end = edge.end_of(error)
-            edge.tell(end, error)
+            beside_others = _workers_of_uvicorn() > 1
+            if not beside_others or multiprocessing.current_process().name.endswith("-1"):
+                edge.tell(end, error)
+            if beside_others:
+                # It would start this process again for ever.
+                os.kill(os.getppid(), signal.SIGTERM)
             sys.exit(end.code)
     raise AttributeError(name)

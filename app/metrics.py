@@ -114,6 +114,12 @@ SANDBOX_IN_USE: Final = Gauge(
     registry=REGISTRY,
 )
 STREAMS: Final = Gauge("trellis_event_streams", "Timelines that are watched live at this moment.", registry=REGISTRY)
+STREAMS_REFUSED: Final = Counter(
+    "trellis_event_streams_refused_total",
+    "Timelines that were not served live, by the limit that was reached.",
+    ["limit"],
+    registry=REGISTRY,
+)
 BACKGROUND_FAILURES: Final = Counter(
     "trellis_background_failures_total",
     "Failures of a background task that others depend on; it was started again.",
@@ -127,6 +133,7 @@ CUSTOMER_SIGNALS: Final = ("approve", "cancel", "address")
 REFUND_OUTCOMES: Final = ("succeeded", "refused")
 RECONCILE_OUTCOMES: Final = ("settled", "left", "defect")
 BACKGROUND_TASKS: Final = ("timelines", "gauges")
+STREAM_LIMITS: Final = ("process", "client")
 
 
 def _names_of_errors(kind: type[errors.TrellisError]) -> Iterator[str]:
@@ -158,6 +165,7 @@ def _start_at_zero() -> None:
         (REFUNDS, REFUND_OUTCOMES),
         (RECONCILED, RECONCILE_OUTCOMES),
         (BACKGROUND_FAILURES, BACKGROUND_TASKS),
+        (STREAMS_REFUSED, STREAM_LIMITS),
     ):
         for value in values:
             counter.labels(value)

@@ -8,12 +8,16 @@ from typing import Annotated, Final
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     StringConstraints,
+    WithJsonSchema,
     model_validator,
 )
+
+from app.text import DECIMAL_NUMBER
 
 #: Digits after the decimal point of the currencies that are taken (ISO 4217, minor units).
 CURRENCY_DIGITS: Final[dict[str, int]] = {
@@ -36,7 +40,8 @@ def _known_currency(code: str) -> str:
 #: ISO 4217; lower case is taken, and becomes upper case.
 Currency = Annotated[
     str,
-    StringConstraints(to_upper=True),
+    # Before the case is changed: there are letters of other alphabets whose upper case is one of ours.
+    StringConstraints(pattern=r"^[A-Za-z]+$", to_upper=True),
     AfterValidator(_known_currency),
     Field(description="ISO 4217 code, in any case.", examples=["USD"]),
 ]
@@ -49,8 +54,37 @@ Amount = Annotated[
     PlainSerializer(str, return_type=str, when_used="json"),
 ]
 
-#: A price as a caller may send it, with at most two digits after the point.
-Price = Annotated[Amount, Field(ge=0, le=MAX_TOTAL, decimal_places=2)]
+
+def plain_decimal(amount: object) -> object:
+    """An amount as text, if it is one as people write it; anything else as it is.
+
+    Raises:
+        ValueError: it is a text of another kind, which Python may well take for a number; or it has been a float.
+    """
+    if isinstance(amount, bool | float) or (isinstance(amount, str) and not DECIMAL_NUMBER.fullmatch(amount)):
+        raise ValueError('not a decimal number: digits, and a point where there are more after it, such as "19.90"')
+    return amount
+
+
+#: A price as a caller may send it, with at most two digits after the point: text, or a number of JSON that nobody has
+#: made a float of (`app.json_body`).
+Price = Annotated[
+    Amount,
+    Field(ge=0, le=MAX_TOTAL, decimal_places=2),
+    BeforeValidator(plain_decimal),
+    # A zero may have come with a sign.
+    AfterValidator(abs),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"},
+                {"type": "number", "minimum": 0, "maximum": float(MAX_TOTAL)},
+            ],
+            "examples": ["19.90"],
+        },
+        mode="validation",
+    ),
+]
 
 
 class Money(BaseModel):

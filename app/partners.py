@@ -24,6 +24,8 @@ from app.metrics import SANDBOX_IN_USE
 from app.settings import VISIBLE, PartnerSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from starlette.applications import Starlette
 
     from app.settings import Settings
@@ -104,7 +106,7 @@ def _client(partner: PartnerSettings, sandbox: Starlette | None, path: str, time
     else:
         client = httpx.AsyncClient(
             base_url=partner.url or "",
-            transport=Bounded(httpx.AsyncHTTPTransport(verify=_verify(partner), trust_env=False), timeout + _MARGIN),
+            transport=Bounded(Renewed(partner), timeout + _MARGIN),
             timeout=timeout,
             auth=_auth(partner),
             headers={"Accept-Encoding": "identity"},
@@ -213,12 +215,69 @@ def _auth(partner: PartnerSettings) -> httpx.Auth | None:
     return Bearer(read)
 
 
+class Renewed(httpx.AsyncBaseTransport):
+    """Connections to a partner with the certificates that its files hold now: they are replaced while we run.
+
+    Connections that are open go on with what they began with; each is closed after a few idle seconds.
+    """
+
+    def __init__(self, partner: PartnerSettings) -> None:
+        self._partner = partner
+        self._seen = self._state()
+        self._context = _verify(partner)
+        self._inner = httpx.AsyncHTTPTransport(verify=self._context, trust_env=False)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send it; a connection that is opened for it has the files of this moment."""
+        state = self._state()
+        if state != self._seen:
+            self._seen = state
+            self._renew()
+        return await self._inner.handle_async_request(request)
+
+    def _renew(self) -> None:
+        try:
+            # Tried on another: half of a pair, read in the moment of its replacement, would spoil the one in use.
+            _verify(self._partner)
+            _load(self._partner, self._context)
+        except SettingsError as error:
+            log.warning("certificates that were replaced cannot be used; the old ones stay", reason=str(error))
+        else:
+            log.info("certificates were replaced", partner=self._partner.name)
+
+    def _state(self) -> list[tuple[int, int] | None]:
+        return [
+            _identity(file) for file in (self._partner.tls_ca, self._partner.tls_cert, self._partner.tls_key) if file
+        ]
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._inner.aclose()
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def _verify(partner: PartnerSettings) -> ssl.SSLContext:
-    ca, cert, key = partner.tls_ca, partner.tls_cert, partner.tls_key
+    ca = partner.tls_ca
     try:
         context = ssl.create_default_context(cafile=ca) if ca else httpx.create_ssl_context(trust_env=False)
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"{partner.variable('tls_ca')}: {ca} holds no certificate ({_reason(error)})") from None
+    _load(partner, context)
+    return context
+
+
+def _load(partner: PartnerSettings, context: ssl.SSLContext) -> None:
+    """Read the files of a partner into a context; a CA beside those that it has."""
+    ca, cert, key = partner.tls_ca, partner.tls_cert, partner.tls_key
+    if ca is not None:
+        context.load_verify_locations(ca)
     if cert is not None and key is not None:
         try:
             # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
@@ -226,7 +285,6 @@ def _verify(partner: PartnerSettings) -> ssl.SSLContext:
         except (OSError, ssl.SSLError) as error:
             names = f"{partner.variable('tls_cert')} and {partner.variable('tls_key')}"
             raise SettingsError(f"{names}: {cert} and {key} are no certificate and key ({_reason(error)})") from None
-    return context
 
 
 def _reason(error: OSError) -> str:

@@ -32,7 +32,7 @@ class Problem(BaseModel):
     status: int = Field(examples=[409])
     detail: str | None = Field(None, examples=["o-1 is shipped"])
     code: str = Field("", description="A name that programs can match.", examples=["TooLate"])
-    errors: list[Fault] | None = Field(None, description="With 422: every field at fault.")
+    errors: list[Fault] | None = Field(None, description="With 422: every field at fault, up to 100 of them.")
 
 
 class ProblemResponse(JSONResponse):

@@ -6,12 +6,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -28,6 +28,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import database_url, hosts
 from app.errors import SettingsError
+from app.text import DECIMAL_NUMBER
 
 #: A name of a host, or `*.` and one.
 _HOST: Final = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9])?)*")
@@ -141,6 +142,12 @@ class Settings(BaseSettings):
     )
     max_streams: PositiveInt = Field(
         500, description="Most event streams per process; one more is answered 503 with `Retry-After`."
+    )
+    max_streams_per_client: PositiveInt | None = Field(
+        None,
+        description="Most event streams per process of one client: an IPv4 address, or a /64 of IPv6. One more is "
+        "answered 503 with `Retry-After`. Unset: half of `TRELLIS_MAX_STREAMS`. Behind a proxy all clients have its "
+        "address, unless `FORWARDED_ALLOW_IPS` names the proxy.",
     )
     stream_max_seconds: PositiveFloat = Field(
         900.0,
@@ -284,8 +291,15 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _without_line_feed(cls, value: Any) -> Any:
-        return value.strip() if isinstance(value, str) else value  # a file with a secret in it ends with one
+    def _plain_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        value = value.strip()  # a file with a secret in it ends with a line feed
+        kind: Any = cls.model_fields[str(info.field_name)].annotation
+        if _is_number(kind) and not DECIMAL_NUMBER.fullmatch(value):
+            # Python takes more for one, among it `1_000` and `inf`.
+            raise ValueError("not a number: digits only, with a point where there are more after it")
+        return value
 
     @field_validator("database_url", "sandbox_database_url")
     @classmethod
@@ -416,6 +430,11 @@ class Settings(BaseSettings):
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; to try Trellis without real "
                 f"partners, set {variable('sandbox')}=true: no money moves then, and no parcel leaves"
             )
+
+
+@cache
+def _is_number(annotation: Hashable) -> bool:
+    return annotation in {int, float, Decimal} or any(map(_is_number, get_args(annotation)))
 
 
 def variable(name: str) -> str:

@@ -26,14 +26,14 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from app import db
-from app.http import MAX_BODY_BYTES, create_app
+from app.http import MAX_BODY_BYTES, MAX_FAULTS, create_app
 from app.local.postgres import LocalPostgres
 from app.local.processes import free_port
 from app.local.temporal import LocalTemporal
 from app.main import create
 from app.order.bodies import ReviewBody, StartOrderBody
 from app.order.feed import EventFeed
-from app.order.models import NoteRequest, OrderInput, StartOrder
+from app.order.models import NoteRequest, OrderInput, StartOrder, order_workflow_id
 from app.order.repository import OrderRepository
 from app.settings import Settings
 from app.shipping.models import AddressBody
@@ -233,6 +233,11 @@ def with_item(**changes: Any) -> dict[str, Any]:
     return {"payment_id": "pay-1", "items": [ITEM | changes]}
 
 
+def with_price(price: str) -> bytes:
+    """Where JSON has a number."""
+    return raw('{"payment_id": "p", "items": [{"sku": "a", "quantity": 1, "unit_price": ' + price + "}]}")
+
+
 def raw(body: str) -> bytes:
     return body.encode()
 
@@ -262,6 +267,16 @@ BAD_STARTS: dict[str, tuple[Any, str, str]] = {
     "items null": ({"payment_id": "pay-1", "items": None}, "body.items", "list"),
     "no items at all": ({"payment_id": "pay-1", "items": []}, "body.items", "at least 1 item"),
     "too many items": ({"payment_id": "pay-1", "items": [ITEM] * 101}, "body.items", "at most 100 items"),
+    "payment id twice": (raw('{"payment_id": "pay-1", "payment_id": "pay-2"}'), "body", "`payment_id` is there more"),
+    "the same value twice": (raw('{"payment_id": "p", "payment\\u005fid": "p"}'), "body", "`payment_id` is there more"),
+    "price twice": (with_price('"1.00", "unit_price": "2.00"'), "body", "`unit_price` is there more than once"),
+    "line twice": (
+        raw('{"payment_id": "p", "address": {"line1": "a", "line1": "b", "city": "c", "state": "d", "zip": "e"}}'),
+        "body",
+        "`line1` is there more than once",
+    ),
+    "unknown key twice": (raw('{"payment_id": "p", "a": {"b": [{"c": 1, "c": 1}]}}'), "body", "`c` is there more"),
+    "UTF-16": ('{"payment_id": "pay-1"}'.encode("utf-16"), "body", "JSON"),
     "unknown field of an item": (with_item(colour="red"), "body.items.0.colour", "not permitted"),
     "no sku": ({"payment_id": "pay-1", "items": [{"quantity": 1, "unit_price": "1"}]}, "body.items.0.sku", "required"),
     "no quantity": (
@@ -285,33 +300,31 @@ BAD_STARTS: dict[str, tuple[Any, str, str]] = {
         "integer",
     ),
     "price with three decimals": (with_item(unit_price="1.001"), PRICE, "2 decimal places"),
-    "price with many decimals": (with_item(unit_price="1e-999999999"), PRICE, "2 decimal places"),
+    "price with many decimals": (with_price("1e-999999999"), PRICE, "2 decimal places"),
+    "price that a float would round": (with_price("19.99999999999999999"), PRICE, "2 decimal places"),
+    "price with an underscore": (with_item(unit_price="1_000"), PRICE, "not a decimal number"),
+    "price in digits of another script": (with_item(unit_price="\u0661\u0662"), PRICE, "not a decimal number"),
+    "price with spaces": (with_item(unit_price=" 12 "), PRICE, "not a decimal number"),
+    "price with a line feed": (with_item(unit_price="12\n"), PRICE, "not a decimal number"),
+    "price with an exponent": (with_item(unit_price="5E+1"), PRICE, "not a decimal number"),
+    "price with a plus": (with_item(unit_price="+5"), PRICE, "not a decimal number"),
+    "price true": (with_item(unit_price=True), PRICE, "not a decimal number"),
     "price negative": (with_item(unit_price="-0.01"), PRICE, "greater than or equal to 0"),
     "price too large": (with_item(unit_price="1000000.01"), PRICE, "less than or equal to 1000000.00"),
-    "price enormous": (with_item(unit_price="1e999999999"), PRICE, "less than or equal to 1000000.00"),
-    "price NaN as a text": (with_item(unit_price="NaN"), PRICE, "finite"),
-    "price infinite as a text": (with_item(unit_price="-Infinity"), PRICE, "finite"),
-    "price NaN": (
-        raw('{"payment_id": "p", "items": [{"sku": "a", "quantity": 1, "unit_price": NaN}]}'),
-        PRICE,
-        "finite",
-    ),
-    "price Infinity": (
-        raw('{"payment_id": "p", "items": [{"sku": "a", "quantity": 1, "unit_price": Infinity}]}'),
-        PRICE,
-        "finite",
-    ),
-    "price beyond a double": (
-        raw('{"payment_id": "p", "items": [{"sku": "a", "quantity": 1, "unit_price": 1e999}]}'),
-        PRICE,
-        "finite",
-    ),
+    "price enormous": (with_price("1e999999999"), PRICE, "less than or equal to 1000000.00"),
+    "price beyond every decimal": (with_price("1e9999999999999999999"), "body", "JSON"),
+    "price NaN as a text": (with_item(unit_price="NaN"), PRICE, "not a decimal number"),
+    "price infinite as a text": (with_item(unit_price="-Infinity"), PRICE, "not a decimal number"),
+    "price NaN": (with_price("NaN"), PRICE, "finite"),
+    "price Infinity": (with_price("Infinity"), PRICE, "finite"),
+    "price beyond a double": (with_price("1e999"), PRICE, "less than or equal to 1000000.00"),
     "price of words": (with_item(unit_price="ten"), PRICE, "decimal"),
     "price null": (with_item(unit_price=None), PRICE, "Decimal"),
     "nothing to pay": (with_item(unit_price="0.00"), "body.items", "more than 0"),
     "total over the limit": (with_item(unit_price="600000", quantity=2), "body.items", "at most 1000000.00"),
     "half a yen": (with_item(unit_price="0.5") | {"currency": "JPY"}, PRICE, "JPY has 0 digits"),
     "unknown currency": ({"payment_id": "pay-1", "currency": "XXX"}, "body.currency", "unknown currency"),
+    "currency whose upper case is one": ({"payment_id": "p", "currency": "u\u017fd"}, "body.currency", "match pattern"),
     "currency is a number": ({"payment_id": "pay-1", "currency": 840}, "body.currency", "string"),
     "review window 0": (
         {"payment_id": "p", "review_timeout_seconds": 0},
@@ -439,6 +452,35 @@ async def test_every_price_that_does_not_fit_its_currency_is_named(counter: http
     }
 
 
+async def test_prices_are_read_as_they_are_written(counter: httpx.AsyncClient, temporal: Client) -> None:
+    for price, read in (
+        ("9.99", "9.99"),
+        ('"9.99"', "9.99"),
+        ("12", "12.00"),
+        ('"12.500"', "12.50"),
+        ("5e1", "50.00"),
+        ("999999.99", "999999.99"),
+    ):
+        order_id = new_id()
+        content = b"\xef\xbb\xbf" + with_price(price).replace(b'"p"', f'"pay-{order_id}"'.encode())
+        answer = await counter.post(f"/orders/{order_id}/start", content=content, headers=JSON)
+        assert answer.status_code == 202, answer.text
+        history = await temporal.get_workflow_handle(order_workflow_id(order_id)).fetch_history()
+        started = history.events[0].workflow_execution_started_event_attributes.input.payloads[0].data
+        assert json.loads(started)["request"]["items"][0]["unit_price"] == read
+
+
+async def test_what_is_repeated_of_a_request_can_be_seen_and_has_a_limit(counter: httpx.AsyncClient) -> None:
+    body = {"payment_id": "p", **{f"\u202e{'x' * 100}{number}": 1 for number in range(400)}}
+    answer = await counter.post(f"/orders/{new_id()}/start", json=body)
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == MAX_FAULTS
+    assert answer.json()["errors"][0]["field"] == "body.\ufffd" + "x" * 63
+    assert "\u202e" not in answer.text
+    twice = await counter.post(f"/orders/{new_id()}/start", content=b'{"\\u202e":1,"\\u202e":2}', headers=JSON)
+    assert fields(twice) == {"body": "the key `\ufffd` is there more than once"}
+
+
 def padded(size: int) -> bytes:
     """A valid start of exactly so many bytes."""
     return b'{"payment_id": "pay-1"}'.ljust(size)
@@ -464,14 +506,21 @@ async def test_body_over_64_kib_is_refused(
     assert largest.status_code == 202
 
 
+#: A soft hyphen, a space without width, turns of the direction, a byte order mark, a tag, line breaks of Unicode, and
+#: what is private or means nothing.
+UNREADABLE = "\u00ad\u200b\u202e\u2066\u2069\u200f\u061c\ufeff\U000e0041\u2028\u2029\ue000\uffff\U000f0000"
+
 BAD_ADDRESSES: dict[str, tuple[Any, str, str]] = {
     **{f"no {field}": ({k: v for k, v in HOME.items() if k != field}, field, "required") for field in HOME},
     **{f"blank {field}": (HOME | {field: " \t "}, field, "at least 1 character") for field in HOME},
     **{f"{field} null": (HOME | {field: None}, field, "string") for field in HOME},
-    **{f"NUL in {field}": (HOME | {field: "a\x00b"}, field, "control characters") for field in HOME},
-    "line break": (HOME | {"line1": "1 Main St\nBack door"}, "line1", "control characters"),
-    "escape": (HOME | {"city": "\x1b[31mred"}, "city", "control characters"),
-    "C1 control": (HOME | {"city": "a\x85b"}, "city", "control characters"),
+    **{f"NUL in {field}": (HOME | {field: "a\x00b"}, field, "U+0000") for field in HOME},
+    "line break": (HOME | {"line1": "1 Main St\nBack door"}, "line1", "U+000A"),
+    "escape": (HOME | {"city": "\x1b[31mred"}, "city", "U+001B"),
+    "C1 control": (HOME | {"city": "a\x85b"}, "city", "U+0085"),
+    **{f"U+{ord(char):04X}": (HOME | {"city": f"a{char}b"}, "city", f"U+{ord(char):04X}") for char in UNREADABLE},
+    "joiners alone": (HOME | {"zip": "\u200d\u200c"}, "zip", "nothing of it can be seen"),
+    "a filler alone": (HOME | {"zip": "\u3164"}, "zip", "nothing of it can be seen"),
     "line1 too long": (HOME | {"line1": "x" * 201}, "line1", "at most 200"),
     "city too long": (HOME | {"city": "x" * 101}, "city", "at most 100"),
     "state too long": (HOME | {"state": "x" * 65}, "state", "at most 64"),
@@ -519,6 +568,8 @@ async def test_addresses_of_the_world_are_taken(shop: httpx.AsyncClient) -> None
         ({"decision": "maybe"}, "body.decision"),
         ({"decision": "approve", "note": "x" * 501}, "body.note"),
         ({"decision": "approve", "note": "a\x00b"}, "body.note"),
+        ({"decision": "approve", "note": "paid\u202ediap"}, "body.note"),
+        ({"decision": "approve", "note": "\u200d"}, "body.note"),
         ({"decision": "approve", "note": None}, "body.note"),
         ({"decision": "approve", "by": "Jane"}, "body.by"),
         ("approve", "body"),
@@ -545,6 +596,10 @@ async def test_bad_queries_are_refused(counter: httpx.AsyncClient) -> None:
         ("/orders?limit=0", "query.limit"),
         ("/orders?limit=201", "query.limit"),
         ("/orders?limit=ten", "query.limit"),
+        ("/orders?limit=1_0", "query.limit"),
+        ("/orders?limit=%2010%20", "query.limit"),
+        ("/orders?limit=10.0", "query.limit"),
+        ("/orders?limit=%D9%A1", "query.limit"),
         ("/orders?step=lost", "query.step"),
         ("/reviews?limit=0", "query.limit"),
     ):

@@ -332,6 +332,7 @@ async def test_a_command_ends_beside_the_core_with_its_own_code(arguments: tuple
     [
         ("start", "o-1", "--item", "TEA:x:1"),
         ("start", "o-1", "--item", "TEA"),
+        ("start", "o-1", "--item", "TEA:\u0662:1"),
         ("start", "o-1", "--city", "Springfield"),
         ("start", "o-1", "--address", "Springfield, IL"),
         ("start", "o-1", "--address", "a,b,c,d", "--zip", "1"),

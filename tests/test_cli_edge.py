@@ -175,6 +175,10 @@ WRONG = {
     "TRELLIS_TEMPORAL_TLS_CA": "/nowhere/ca.pem",
     "TRELLIS_METRICS_PORT": "many",
     "TRELLIS_DATABASE_POOL_SIZE": "0",
+    # What Python takes for a number, and people do not.
+    "TRELLIS_MAX_STREAMS": "1_000",
+    "TRELLIS_UPDATE_TIMEOUT": "inf",
+    "TRELLIS_DEMO_PRICE": "\u0661\u0662",
 }
 
 

@@ -200,7 +200,7 @@ def test_exemplars_lead_to_traces() -> None:
 
 def test_one_file_per_alert_named_for_it() -> None:
     assert {path.stem for path in ALERTS} == {rule["alert"] for rule in ALERTS.values()}
-    assert len(ALERTS) == 16
+    assert len(ALERTS) == 17
     assert {path.stem for path in RULES} - {path.stem for path in ALERTS} == {"TrellisRecorded"}
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import os
 import re
 import signal
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import httpx
@@ -22,7 +23,7 @@ from structlog.testing import capture_logs
 
 from app import db, docs_page, gauges, metrics, serving, worker
 from app.edge import Hosts
-from app.errors import SettingsError
+from app.errors import SettingsError, TooManyStreams
 from app.http import create_app
 from app.order import feed
 from app.order.api import wants_stream
@@ -185,6 +186,32 @@ async def test_one_timeline_that_cannot_be_read_ends_and_the_others_go_on(
     assert _failures("timelines") > failures
     await good.aclose()
     await timelines.close()
+
+
+async def test_an_event_that_cannot_be_read_is_counted(pool: asyncpg.Pool, logged: list[Any]) -> None:
+    """What `python -m tests.alerts` makes TrellisBackgroundFailures fire with."""
+    await _written(pool, "o-1")
+    await pool.execute("INSERT INTO events (order_id, type, ts) VALUES ('o-1', 'note', '4000-01-01 BC')")
+    timelines, failures = EventFeed(OrderRepository(pool)), _failures("timelines")
+    async with asyncio.timeout(20):
+        assert await _all_of(timelines.watch("o-1")) == []
+    assert _failures("timelines") > failures
+    await timelines.close()
+
+
+async def test_several_workers_do_not_share_a_metrics_port() -> None:
+    env = {name: text for name, text in os.environ.items() if not name.startswith("TRELLIS_")}
+    env |= {"TRELLIS_SANDBOX": "true", "TRELLIS_METRICS_PORT": str(free_port())}
+    command = ("-m", "uvicorn", "app.main:app", "--port", str(free_port()), "--workers", "2")
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE, env=env)
+    try:
+        async with asyncio.timeout(60):
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+    assert said.count(b"a process is a replica") == 1
+    assert b"Traceback" not in said
 
 
 async def test_watchers_are_told_when_the_reader_fails_and_it_runs_again(
@@ -435,6 +462,47 @@ async def test_streams_are_limited_and_end_by_their_age(settings: Settings, pool
             await _written(pool, "o-2")
             await pool.execute("INSERT INTO events (order_id, type, payload_json) VALUES ('o-1', 'note', '{}')")
             assert [line async for line in again.aiter_lines() if line.startswith("event: ")] == ["event: note"]
+
+
+async def test_one_client_does_not_get_every_stream(settings: Settings, pool: asyncpg.Pool) -> None:
+    await _written(pool, "o-1")
+    stranger, customer = httpx.AsyncHTTPTransport(), httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+    before = _refused_streams("client")
+    async with (
+        running_app(create_app(settings.model_copy(update={"max_streams": 4}))) as url,
+        httpx.AsyncClient(base_url=url, transport=stranger, timeout=30) as greedy,
+        httpx.AsyncClient(base_url=url, transport=customer, timeout=30) as other,
+        AsyncExitStack() as held,
+        asyncio.timeout(30),
+    ):
+        for _ in range(2):
+            await held.enter_async_context(greedy.stream("GET", "/orders/o-1/events", headers=LIVE))
+        refused = await greedy.get("/orders/o-1/events", headers=LIVE)
+        assert (refused.status_code, refused.json()["code"]) == (503, "TooManyStreams")
+        assert refused.json()["detail"] == "2 at most for one client"
+        assert refused.headers["retry-after"]
+        served = await held.enter_async_context(other.stream("GET", "/orders/o-1/events", headers=LIVE))
+        assert served.status_code == 200
+    assert _refused_streams("client") == before + 1
+
+
+def _refused_streams(limit: str) -> float:
+    return metrics.REGISTRY.get_sample_value("trellis_event_streams_refused_total", {"limit": limit}) or 0.0
+
+
+def test_a_client_is_an_address_or_a_network_of_ipv6() -> None:
+    timelines = EventFeed(cast(OrderRepository, None), max_streams=10, max_streams_per_client=1)
+    for first, second, same in (
+        ("192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8::1", "2001:db8::ffff", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+    ):
+        with timelines.place(first), pytest.raises(TooManyStreams) if same else nullcontext(), timelines.place(second):
+            pass
+    assert timelines._streams == 0
+    assert not timelines._of_client
 
 
 async def test_a_stream_ends_with_the_order_also_for_whoever_saw_more_than_there_is(

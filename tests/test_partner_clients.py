@@ -326,6 +326,35 @@ async def test_a_client_certificate_is_shown_and_the_server_must_be_the_right_on
     assert len(provider.asked) == 1
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make certificates with")
+async def test_a_certificate_that_is_replaced_counts_without_a_restart(tmp_path: Path) -> None:
+    for name in ("server", "client", "next"):
+        make_certificate(tmp_path, name)
+    provider = Partner()
+    tls = {
+        "ssl_certfile": tmp_path / "server.crt",
+        "ssl_keyfile": tmp_path / "server.key",
+        "ssl_ca_certs": str(tmp_path / "next.crt"),
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+    }
+    files = {f"payment_tls_{kind}": tmp_path / f"client.{end}" for kind, end in (("cert", "crt"), ("key", "key"))}
+    async with (
+        serving(provider, **tls) as url,
+        gateway(url.replace("http:", "https:"), payment_tls_ca=tmp_path / "server.crt", **files) as asking,
+    ):
+        with pytest.raises(PaymentUnavailable, match="Error"):
+            await asking.find_charge("pay-1")
+        # Half of it is not taken, and spoils nothing.
+        (tmp_path / "next.crt").rename(tmp_path / "client.crt")
+        with pytest.raises(PaymentUnavailable, match="Error"):
+            await asking.find_charge("pay-1")
+        assert not provider.asked
+        (tmp_path / "next.key").rename(tmp_path / "client.key")
+        with pytest.raises(PaymentUnavailable, match="200 with an unreadable body"):
+            await asking.find_charge("pay-1")
+    assert len(provider.asked) == 1
+
+
 @pytest.mark.timeout(180)
 async def test_a_token_is_in_no_log_no_trace_and_no_error(
     settings: Settings, partner: tuple[Partner, str], tmp_path: Path

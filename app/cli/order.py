@@ -310,7 +310,7 @@ _WHOLE_ADDRESS: Final = "an address is --line1, --city, --state and --zip, or al
 def _item(text: str) -> dict[str, Any]:
     sku, _, rest = text.partition(":")
     quantity, _, price = rest.partition(":")
-    if not (sku and quantity.isdecimal() and price):
+    if not (sku and quantity.isascii() and quantity.isdecimal() and price):
         raise typer.BadParameter(f"{text!r} is not SKU:QTY:PRICE, such as TEA-100:2:12.50", param_hint="--item")
     # The price stays text, so that no float comes near it.
     return {"sku": sku, "quantity": int(quantity), "unit_price": price}

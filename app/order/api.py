@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import BeforeValidator
 
 from app.errors import InvalidRequest, OrderNotFound
+from app.json_body import StrictRoute
 from app.order.bodies import ReviewBody, StartOrderBody
 from app.order.feed import EventFeed
 from app.order.models import (
@@ -34,6 +36,7 @@ from app.order.service import OrderService
 from app.problems import problems
 from app.shipping.models import AddressBody
 from app.steps import Step
+from app.text import whole_number
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 #: A number of so many digits still fits PostgreSQL's bigint.
 MAX_EVENT_DIGITS: Final = 18
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ IdempotencyKey = Annotated[
         "attached to the first call until an address has been written.",
     ),
 ]
-Limit = Annotated[int, Query(ge=1, le=200, description="Most rows of a page.")]
+Limit = Annotated[int, BeforeValidator(whole_number), Query(ge=1, le=200, description="Most rows of a page.")]
 
 
 # --- published
@@ -279,7 +282,7 @@ _WEIGHT: Final = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?", re.ASCII)
 
 def _event_number(last_event_id: str | None) -> int:
     number = last_event_id or "0"
-    if not (number.isdecimal() and len(number) <= MAX_EVENT_DIGITS):
+    if not (number.isascii() and number.isdecimal() and len(number) <= MAX_EVENT_DIGITS):
         raise InvalidRequest("Last-Event-ID: not the id of an event")
     return int(number)
 
@@ -300,7 +303,7 @@ class _LiveTimeline(EventSourceResponse):
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.place():
+        with self._feed.place(scope["client"][0] if scope.get("client") else ""):
             await super().__call__(scope, receive, send)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -68,41 +70,74 @@ class _Watcher:
         return event
 
 
+def _client(address: str) -> str:
+    """Whose streams are counted together. With IPv6, everybody has a /64 of addresses."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is None:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
 class EventFeed:
     """Reads what is new for everybody who watches an order. Runs while there is a watcher.
 
     Args:
         orders: where the events are.
         max_streams: watchers there may be at once.
+        max_streams_per_client: those of one client; None: half of all, so that nobody alone can keep out the rest.
         max_seconds: how long one of them may stay; then its stream ends, and it can come back where it left off.
     """
 
-    def __init__(self, orders: OrderRepository, *, max_streams: int = 500, max_seconds: float = 900.0) -> None:
+    def __init__(
+        self,
+        orders: OrderRepository,
+        *,
+        max_streams: int = 500,
+        max_streams_per_client: int | None = None,
+        max_seconds: float = 900.0,
+    ) -> None:
         self._orders = orders
         self._max_streams = max_streams
+        self._max_of_client = max_streams_per_client or max(1, max_streams // 2)
         self._max_seconds = max_seconds
         self._streams = 0
+        self._of_client: Counter[str] = Counter()
         self._watchers: set[_Watcher] = set()
         self._reader: asyncio.Task[None] | None = None
         self._asked_for_ended = time.monotonic()
         self._leaving = False
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the streams that are served at once, while the block runs.
+    def place(self, address: str = "") -> Iterator[None]:
+        """A place among the streams that are served at once, for a client at this address, while the block runs.
 
         Raises:
-            TooManyStreams: all are taken.
+            TooManyStreams: all are taken, or as many as one client may have are taken by this one.
         """
+        client = _client(address)
         if self._streams >= self._max_streams:
-            raise TooManyStreams(f"{self._max_streams} at most")
-        self._streams += 1
-        metrics.STREAMS.set(self._streams)
+            raise self._refused("process", f"{self._max_streams} at most")
+        if self._of_client[client] >= self._max_of_client:
+            raise self._refused("client", f"{self._max_of_client} at most for one client")
+        self._count(client, 1)
         try:
             yield
         finally:
-            self._streams -= 1
-            metrics.STREAMS.set(self._streams)
+            self._count(client, -1)
+
+    def _refused(self, limit: str, detail: str) -> TooManyStreams:
+        metrics.STREAMS_REFUSED.labels(limit).inc()
+        return TooManyStreams(detail)
+
+    def _count(self, client: str, change: int) -> None:
+        self._streams += change
+        self._of_client[client] += change
+        if not self._of_client[client]:
+            del self._of_client[client]  # strangers choose how many there have been
+        metrics.STREAMS.set(self._streams)
 
     async def watch(self, order_id: str, after: int = 0) -> AsyncIterator[Event | None]:
         """The order's events past `after`, old ones at once and new ones as they come; ends when the order has, when

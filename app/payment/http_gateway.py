@@ -12,6 +12,7 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 from app.errors import PaymentConflict, PaymentDeclined, PaymentMismatch, PaymentUnavailable
 from app.money import Money, exact_amount
 from app.payment.gateway import PaymentGateway, Receipt, refund_key
+from app.text import Reference
 
 if TYPE_CHECKING:
     from app.errors import TrellisError
@@ -78,10 +79,10 @@ class HttpPaymentGateway(PaymentGateway):
 class _Movement(BaseModel):
     """A charge or a refund as the provider writes it."""
 
-    id: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    id: Reference
     status: Literal["succeeded"]
     #: Only a string: a JSON number may have been a float somewhere.
-    amount: str
+    amount: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?$")]
     currency: str
 
 

@@ -59,7 +59,7 @@ class MovementRequest(BaseModel):
 
     payment: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     #: A string, so that no JSON parser on the way turns it into a float.
-    amount: Annotated[str, StringConstraints(pattern=r"^\d{1,12}(\.\d{1,4})?$")]
+    amount: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}(\.[0-9]{1,4})?$")]
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
 
     def fingerprint(self, operation: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, Validatio
 
 from app.errors import CarrierUnavailable, ShipmentRefused
 from app.shipping.carrier import Carrier, Handover
+from app.text import Reference
 
 if TYPE_CHECKING:
     from app.shipping.models import Address
@@ -59,18 +60,15 @@ class HttpCarrier(Carrier):
             raise CarrierUnavailable(type(error).__name__) from error
 
 
-_Tracking = Annotated[str, StringConstraints(min_length=1, max_length=255)]
-
-
 class _Parcel(BaseModel):
     """A parcel that the carrier has."""
 
-    tracking: _Tracking
+    tracking: Reference
 
 
 class _Taken(BaseModel):
     outcome: Literal["taken"]
-    tracking: _Tracking
+    tracking: Reference
 
 
 class _Recalled(BaseModel):

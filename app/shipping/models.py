@@ -9,7 +9,7 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.money import Money
-from app.text import Line
+from app.text import Line, OldLine
 
 SHIPPING_TASK_QUEUE: Final = "shipping-tq"
 
@@ -45,12 +45,12 @@ class SignalledAddress(Address):
     release's, as long as PostgreSQL can store them.
     """
 
-    __pydantic_extra__: dict[str, Annotated[Line, Field(max_length=200)] | None] = Field(init=False)
+    __pydantic_extra__: dict[str, Annotated[OldLine, Field(max_length=200)] | None] = Field(init=False)
 
-    line1: Annotated[Line, Field(max_length=200)]
-    city: Annotated[Line, Field(max_length=100)]
-    state: Annotated[Line, Field(max_length=64)]
-    zip: Annotated[Line, Field(max_length=16)]
+    line1: Annotated[OldLine, Field(max_length=200)]
+    city: Annotated[OldLine, Field(max_length=100)]
+    state: Annotated[OldLine, Field(max_length=64)]
+    zip: Annotated[OldLine, Field(max_length=16)]
 
     @model_validator(mode="after")
     def _few_fields_more(self) -> Self:
@@ -72,6 +72,11 @@ class AddressBody(SignalledAddress):
         extra="forbid",
         json_schema_extra={"examples": [{"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}]},
     )
+
+    line1: Annotated[Line, Field(max_length=200)]
+    city: Annotated[Line, Field(max_length=100)]
+    state: Annotated[Line, Field(max_length=64)]
+    zip: Annotated[Line, Field(max_length=16)]
 
 
 class ShippingInput(BaseModel):

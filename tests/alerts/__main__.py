@@ -160,6 +160,11 @@ class Shop:
         await self.start(order_id, payment, zip_code=zip_code)
         await self.approve(order_id)
 
+    async def watch(self, order_id: str) -> None:
+        """Ask for its live timeline, until that ends."""
+        headers = {"Accept": "text/event-stream"}
+        (await self._api.get(f"/orders/{order_id}/events", headers=headers)).raise_for_status()
+
     async def until_at(self, order_id: str, step: str) -> None:
         """Return when the order is at the step."""
 
@@ -190,6 +195,12 @@ async def _provoke(stack: ObservedStack, shop: Shop, watch: Watch) -> None:
         await shop.start(f"expire-{number}", f"pay-expire-{number}", window=1)
     for number in range(3):
         await shop.start(f"review-{number}", f"pay-review-{number}")
+
+    # A timeline that cannot be read, while somebody watches it.
+    await shop.until_at("review-1", "awaiting_review")
+    await shop.alter("trellis", "INSERT INTO events (order_id, type, ts) VALUES ('review-1', 'note', '4000-01-01 BC')")
+    await shop.watch("review-1")
+    await watch.until_fired("TrellisBackgroundFailures")
 
     # A refund that the provider does not know the charge of, after a carrier that takes nothing.
     await shop.sell("refund", "pay-refund", zip_code="00005")
