@@ -21,19 +21,16 @@
 {{- define "trellis.fullname" -}}
 {{- include "trellis.complete" . -}}
 {{- $name := include "trellis.name" . -}}
-{{- if .Values.fullnameOverride -}}
-{{ .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
-{{- else if contains $name .Release.Name -}}
-{{ .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else -}}
-{{ printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
-{{- end -}}
+{{- $given := .Values.fullnameOverride | default .Values.global.trellis.fullnameOverride -}}
+{{- /* In an umbrella chart the release's name alone may be another's, or that of another alias. */}}
+{{- $alone := and (contains $name .Release.Name) (not (include "trellis.owner" .)) -}}
+{{ include "trellis.dnsName" (list ($given | default (ternary .Release.Name (printf "%s-%s" .Release.Name $name) $alone)) 40) }}
 {{- end }}
 
 {{/* What selectors go by. (dict "root" $ "component" "api") */}}
 {{- define "trellis.selector" -}}
 app.kubernetes.io/name: {{ include "trellis.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ include "trellis.instance" .root }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}

@@ -34,7 +34,7 @@ spec:
 {{- end }}
 
 {{- define "trellis.to.postgresql" -}}
-{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "postgresql" "app.kubernetes.io/instance" .Release.Name))) -}}
+{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "postgresql" "app.kubernetes.io/instance" (include "trellis.instance" .)))) -}}
 - ports: [{port: {{ .Values.database.port }}}]
   {{- with ternary $bundled .Values.networkPolicy.postgresqlTo .Values.postgresql.enabled }}
   to: {{ toYaml . | nindent 4 }}
@@ -42,7 +42,7 @@ spec:
 {{- end }}
 
 {{- define "trellis.to.temporal" -}}
-{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "temporal" "app.kubernetes.io/instance" .Release.Name))) -}}
+{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "temporal" "app.kubernetes.io/instance" (include "trellis.instance" .)))) -}}
 - ports: [{port: {{ include "trellis.temporalAddress" . | splitList ":" | last }}}]
   {{- with ternary $bundled .Values.networkPolicy.temporalTo .Values.temporal.enabled }}
   to: {{ toYaml . | nindent 4 }}

@@ -90,7 +90,7 @@
   {{- if not $own -}}
     {{- $faults = append $faults (printf "nothing opens the database: set database.existingSecret to a Secret with %s's password under the key %s, or set database.password" .database.user .database.passwordKey) -}}
   {{- end -}}
-  {{- if and .temporal.enabled (eq (dig "database" "host" "" .temporal) "{{ .Release.Name }}-postgresql") -}}
+  {{- if and .temporal.enabled (include "trellis.temporalOnBundled" $) -}}
     {{- $faults = append $faults "Temporal of this chart has no PostgreSQL: set temporal.database.host and temporal.database.existingSecret, or temporal.enabled=false and temporalClient.address" -}}
   {{- end -}}
 {{- else if .database.host -}}
@@ -151,8 +151,8 @@
     {{- $faults = append $faults "temporalClient.tls or temporalClient.apiKey is set, and this chart's Temporal has neither TLS nor keys: leave them out, or set temporal.enabled=false for a Temporal of your own" -}}
   {{- end -}}
   {{- $own := tpl (dig "database" "existingSecret" "" $v.temporal) . -}}
-  {{- if and $v.postgresql.enabled (eq (dig "database" "host" "" $v.temporal) "{{ .Release.Name }}-postgresql") -}}
-    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) -}}
+  {{- if and $v.postgresql.enabled (include "trellis.temporalOnBundled" $) -}}
+    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (include "trellis.bundledHost" .) -}}
     {{- if ne $secret (include "trellis.bundledSecret" .) -}}
       {{- $faults = append $faults (printf "Temporal opens its database with the Secret %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret for both, and neither postgresql.auth.existingSecret nor temporal.database.existingSecret" $secret (include "trellis.bundledSecret" .)) -}}
     {{- end -}}

@@ -77,6 +77,11 @@ for chart in charts/trellis/charts/*; do
   helm lint --strict --quiet "$chart" || fail "helm lint of $chart"
 done
 
+# Names, under every name of a release that Helm takes, and twice in one release.
+cmp charts/trellis/templates/_names.tpl charts/trellis/charts/postgresql/templates/_names.tpl || fail "PostgreSQL is named by other rules"
+cmp charts/trellis/templates/_names.tpl charts/trellis/charts/temporal/templates/_names.tpl || fail "Temporal is named by other rules"
+"$WORK/tools/bin/python" "$here/names.py" charts/trellis || fail "names that meet, or that Kubernetes does not take"
+
 # Helm keeps a release in one Secret of at most 1 MiB, compressed and then in base64.
 size=$(helm template trellis charts/trellis --values "$here/values-everything.yaml" | gzip -9 | base64 -w 0 | wc -c)
 say "the largest release, compressed: $size bytes"

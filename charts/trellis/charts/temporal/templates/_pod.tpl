@@ -1,6 +1,6 @@
 {{/* What all pods share; every image runs as 1000. */}}
-{{- define "temporal.podSpec" -}}
-serviceAccountName: {{ include "temporal.fullname" . }}
+{{- define "trellis-temporal.podSpec" -}}
+serviceAccountName: {{ include "trellis-temporal.fullname" . }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
@@ -22,7 +22,7 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{- define "temporal.securityContext" -}}
+{{- define "trellis-temporal.securityContext" -}}
 {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
 {{- end }}
 
@@ -31,7 +31,7 @@ imagePullSecrets:
      resources          no CPU limit: a throttled server loses its shards (memory has limits, a test sees to it)
      image-pull-policy  tags are versions; a node that has the image needs no registry to restart a pod
      budget, replicas   one replica is the default, and its budget lets it be away */}}
-{{- define "temporal.kubeScore" -}}
+{{- define "trellis-temporal.kubeScore" -}}
 kube-score/ignore: >-
   container-security-context-user-group-id,container-resources,container-image-pull-policy,
   deployment-has-poddisruptionbudget,deployment-replicas
