@@ -1,9 +1,9 @@
-"""Renders the chart under names that Helm takes and Kubernetes may not, and twice in an umbrella chart that has a PostgreSQL of its own.
+"""Renders the chart under names that Helm takes and Kubernetes may not, and twice in an umbrella chart.
 
     python names.py CHART
 
-No two resources may have one name, every name must be one that Kubernetes takes, and what one installation selects must not be there
-in the other.
+The umbrella has a PostgreSQL of its own. No two resources may have one name, every name must be one that Kubernetes
+takes, and what one installation selects must not be there in the other.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def main() -> int:
         mine = {side for side in ("east", "west") if f"-{side}-" in what}
         if sides - mine:
             wrong.append(f"umbrella: {what} selects {sorted(names)}")
-    print("\n".join(wrong) or f"cluster: {len(owners)} names of {len(RELEASES)} releases, {len(resources)} in an umbrella")  # noqa: T201
+    fine = f"cluster: {len(owners)} names of {len(RELEASES)} releases, {len(resources)} in an umbrella"
+    print("\n".join(wrong) or fine)  # noqa: T201
     return len(wrong)
 
 
