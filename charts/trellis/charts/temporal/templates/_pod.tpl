@@ -22,6 +22,23 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* The chart's variables, but those that are given, and these: Kubernetes applies no list that has a name twice.
+     (dict "own" "the chart's, as text" "given" .Values.….extraEnv) */}}
+{{- define "trellis-temporal.env" -}}
+{{- $given := dict -}}
+{{- range .given -}}
+  {{- if hasKey $given .name -}}
+    {{- fail (printf "extraEnv has %s twice: leave one out" .name) -}}
+  {{- end -}}
+  {{- $_ := set $given .name true -}}
+{{- end -}}
+{{- $env := list -}}
+{{- range .own | fromYamlArray -}}
+  {{- if not (hasKey $given .name) -}}{{- $env = append $env . -}}{{- end -}}
+{{- end -}}
+{{ concat $env .given | toYaml }}
+{{- end }}
+
 {{- define "trellis-temporal.securityContext" -}}
 {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
 {{- end }}
