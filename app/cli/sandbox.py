@@ -33,6 +33,7 @@ def sandbox(
 async def _serve(host: str, port: int, database_url: str) -> None:
     import uvicorn
 
+    from app import hosts
     from app.sandbox.app import create_sandbox
     from app.sandbox.ledger import Ledger
 
@@ -45,7 +46,8 @@ async def _serve(host: str, port: int, database_url: str) -> None:
         )
         # After Config, which sets up logging.
         logging.getLogger("uvicorn.error").addFilter(_lost_on_purpose)
-        await uvicorn.Server(config).serve()
+        sockets = [hosts.bind(host, port)] if host == "::" else None
+        await uvicorn.Server(config).serve(sockets)
 
 
 def _lost_on_purpose(record: logging.LogRecord) -> bool:

@@ -51,7 +51,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 
 {{- define "trellis.image" -}}
 {{- with .Values.image -}}
-{{ .repository }}
+{{ include "trellis.repository" (dict "root" $ "repository" .repository) }}
 {{- if or .tag (not .digest) }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
 {{- with .digest }}@{{ . }}{{ end }}
 {{- end -}}

@@ -38,18 +38,10 @@ serviceAccountName: {{ include "trellis.serviceAccountName" .root }}
 automountServiceAccountToken: false
 # Those of a Service `trellis-api` would look like the setting TRELLIS_API_PORT.
 enableServiceLinks: false
-{{- with .root.Values.global.imagePullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
-  {{- end }}
-{{- end }}
-securityContext: {{ toYaml $options.podSecurityContext | nindent 2 }}
-{{- range $key := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}
-{{- with get $options $key }}
-{{ $key }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
-{{- end }}
-{{- end }}
+{{- include "trellis.pullSecrets" .root | nindent 0 }}
+securityContext:
+  {{- include "trellis.podSecurity" (dict "root" .root "context" $options.podSecurityContext) | nindent 2 }}
+{{- include "trellis.podOptions" $options }}
 {{- if and .serves $options.topologySpreadConstraints }}
 topologySpreadConstraints:
   {{- $selector := dict "matchLabels" (merge (include "trellis.selector" . | fromYaml) (.labels | default dict)) }}
@@ -76,10 +68,7 @@ volumes:
 {{- $v := .root.Values -}}
 image: {{ include "trellis.image" .root }}
 imagePullPolicy: {{ $v.image.pullPolicy }}
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities: {drop: [ALL]}
+securityContext: {{ toYaml .options.containerSecurityContext | nindent 2 }}
 envFrom:
   - configMapRef: {name: {{ include "trellis.fullname" .root }}}
 {{- with include "trellis.env" . | trim }}

@@ -78,8 +78,8 @@ for chart in charts/trellis/charts/*; do
 done
 
 # Names, under every name of a release that Helm takes, and twice in one release.
-cmp charts/trellis/templates/_names.tpl charts/trellis/charts/postgresql/templates/_names.tpl || fail "PostgreSQL is named by other rules"
-cmp charts/trellis/templates/_names.tpl charts/trellis/charts/temporal/templates/_names.tpl || fail "Temporal is named by other rules"
+cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/postgresql/templates/_shared.tpl || fail "PostgreSQL is named by other rules"
+cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/temporal/templates/_shared.tpl || fail "Temporal is named by other rules"
 "$WORK/tools/bin/python" "$here/names.py" charts/trellis || fail "names that meet, or that Kubernetes does not take"
 
 # Helm keeps a release in one Secret of at most 1 MiB, compressed and then in base64.

@@ -17,8 +17,13 @@ app.kubernetes.io/version: {{ .root.Values.server.image.tag | default .root.Char
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{/* Of pods: with those that are given, which replace none. */}}
+{{- define "trellis-temporal.podLabels" -}}
+{{ merge (include "trellis-temporal.labels" . | fromYaml) .root.Values.podLabels | toYaml }}
+{{- end }}
+
 {{/* Called with (dict "root" $ "image" .Values.….image). */}}
 {{- define "trellis-temporal.image" -}}
-image: {{ .image.repository }}{{ if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .root.Values.server.image.tag | default .root.Chart.AppVersion }}{{ end }}
+image: {{ include "trellis.repository" (dict "root" .root "repository" .image.repository) }}{{ if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .root.Values.server.image.tag | default .root.Chart.AppVersion }}{{ end }}
 imagePullPolicy: {{ .image.pullPolicy }}
 {{- end }}

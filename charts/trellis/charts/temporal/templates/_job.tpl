@@ -6,7 +6,7 @@
 {{- define "trellis-temporal.job" -}}
 {{- $ttl := .root.Values.jobs.ttlSecondsAfterFinished -}}
 {{- $labels := include "trellis-temporal.labels" . -}}
-{{- $name := printf "%s-%s-%s" (include "trellis-temporal.fullname" .root) .component (list $labels .spec $ttl | toJson | sha256sum | trunc 7) -}}
+{{- $name := printf "%s-%s-%s" (include "trellis-temporal.fullname" .root) .component (list $labels .root.Values.podLabels .root.Values.podAnnotations .spec $ttl | toJson | sha256sum | trunc 7) -}}
 apiVersion: batch/v1
 kind: Job
 metadata:
@@ -28,8 +28,12 @@ spec:
   template:
     metadata:
       labels:
-        {{- $labels | nindent 8 }}
+        {{- include "trellis-temporal.podLabels" . | nindent 8 }}
         trellis.dev/job: {{ $name }}
+      {{- with .root.Values.podAnnotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
     spec:
       {{- .spec | nindent 6 }}
 {{- end }}

@@ -4,22 +4,9 @@ serviceAccountName: {{ include "trellis-temporal.fullname" . }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext:
-  runAsNonRoot: true
-  runAsUser: 1000
-  runAsGroup: 1000
-  fsGroup: 1000
-  seccompProfile: {type: RuntimeDefault}
-{{- with .Values.global.imagePullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
-  {{- end }}
-{{- end }}
-{{- range $key := list "nodeSelector" "affinity" "tolerations" "priorityClassName" }}
-{{- with index $.Values $key }}
-{{ $key }}: {{ toJson . }}
-{{- end }}
-{{- end }}
+  {{- include "trellis.podSecurity" (dict "root" . "context" .Values.podSecurityContext) | nindent 2 }}
+{{- include "trellis.pullSecrets" . | nindent 0 }}
+{{- include "trellis.podOptions" .Values }}
 {{- end }}
 
 {{/* The chart's variables, but those that are given, and these: Kubernetes applies no list that has a name twice.
@@ -40,7 +27,20 @@ imagePullSecrets:
 {{- end }}
 
 {{- define "trellis-temporal.securityContext" -}}
-{allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
+{{ toJson .Values.containerSecurityContext }}
+{{- end }}
+
+{{/* Volumes of every pod, and where containers have them. */}}
+{{- define "trellis-temporal.volumes" -}}
+{{- with .Values.extraVolumes }}
+{{- toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "trellis-temporal.mounts" -}}
+{{- with .Values.extraVolumeMounts }}
+{{- toYaml . }}
+{{- end }}
 {{- end }}
 
 {{/* What kube-score shall not ask for:
