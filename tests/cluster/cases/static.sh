@@ -82,6 +82,9 @@ cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/postgresql/templa
 cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/temporal/templates/_shared.tpl || fail "Temporal is named by other rules"
 "$WORK/tools/bin/python" "$here/names.py" charts/trellis || fail "names that meet, or that Kubernetes does not take"
 
+# Values of an earlier chart, which `--reuse-values` takes for all there are.
+"$WORK/tools/bin/python" "$here/reuse_values.py" charts/trellis || fail "a value that is missing is not named"
+
 # Helm keeps a release in one Secret of at most 1 MiB, compressed and then in base64.
 size=$(helm template trellis charts/trellis --values "$here/values-everything.yaml" | gzip -9 | base64 -w 0 | wc -c)
 say "the largest release, compressed: $size bytes"
