@@ -114,11 +114,21 @@ mkdir "$WORK/programs" "$WORK/passwords"
 printf '#!/bin/sh\n' | tee "$WORK/programs/pg_isready" "$WORK/programs/psql" >/dev/null
 chmod +x "$WORK"/programs/*
 for name in postgres migrate app temporal; do printf secret >"$WORK/passwords/$name-password"; done
-starts() { PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
+ready() { TMPDIR=$WORK PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/ready.sh; }
+starts() { TMPDIR=$WORK PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
 starts >"$WORK/starts" || { cat "$WORK/starts"; fail "PostgreSQL's start refuses passwords that are in order"; }
 echo secret >"$WORK/passwords/app-password"
 ! starts >"$WORK/starts" || fail "PostgreSQL's start takes a password that ends with a line feed"
 say "$(cat "$WORK/starts")"
+# The same while it runs: changed passwords are taken once, wrong ones refused once, and it stays ready.
+printf other >"$WORK/passwords/app-password"
+ready >"$WORK/ready" || fail "PostgreSQL is not ready with changed passwords"
+grep -q 'as wanted' "$WORK/ready" || { cat "$WORK/ready"; fail "PostgreSQL does not take changed passwords"; }
+[ -z "$(ready)" ] || fail "PostgreSQL takes the same passwords again"
+echo another >"$WORK/passwords/app-password"
+ready >"$WORK/ready" || fail "PostgreSQL is not ready when new passwords are wrong"
+grep -q 'line feed' "$WORK/ready" || { cat "$WORK/ready"; fail "PostgreSQL does not say what is wrong with new passwords"; }
+[ -z "$(ready)" ] || fail "PostgreSQL says again what is wrong"
 
 # --- wrong values, as the documentation shows them
 
