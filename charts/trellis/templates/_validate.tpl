@@ -42,6 +42,9 @@
   {{- $_ := set $places (printf "workers.%s" $key) ($worker | default dict) -}}
 {{- end -}}
 {{- range $place, $options := $places -}}
+  {{- if and (eq ($options.dnsPolicy | default "") "None") (not (dig "nameservers" list ($options.dnsConfig | default dict))) -}}
+    {{- $faults = append $faults (printf "%s.dnsPolicy is None, so a pod knows no name server: set %s.dnsConfig.nameservers" $place $place) -}}
+  {{- end -}}
   {{- range $options.extraEnv -}}
     {{- if hasPrefix "TRELLIS_FAILPOINTS" .name -}}
       {{- $faults = append $faults (printf "%s.extraEnv has %s: set settings.%s instead" $place .name (.name | trimPrefix "TRELLIS_" | lower)) -}}
