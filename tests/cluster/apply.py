@@ -2,8 +2,8 @@
 
     python apply.py CHART NAMESPACE
 
-Every values file, and every value that the schema lists where Kubernetes has a say. Server-side apply refuses what others
-let through, such as a name that is twice in a list. Left out are resources whose API the cluster does not have.
+Every values file, and every value that the schema lists where Kubernetes has a say. Server-side apply refuses what
+others let through, such as a name that is twice in a list. Left out are resources whose API the cluster does not have.
 """
 
 from __future__ import annotations
