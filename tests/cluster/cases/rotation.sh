@@ -27,4 +27,12 @@ k rollout restart deployment --selector app.kubernetes.io/instance=trellis >/dev
 for deployment in api worker-default worker-shipping temporal; do
   k rollout status "deployment/trellis-$deployment" --timeout 240s >"$WORK/rollout" || { cat "$WORK/rollout"; fail "$deployment with the new password"; }
 done
+
+# A larger volume, by the lines of the chart's README: the claim belongs to nobody meanwhile, and the pod goes on.
+before=$(restarts)
+k delete statefulset trellis-postgresql --cascade=orphan >/dev/null
+upgrade "$IMAGE" --set postgresql.persistence.size=9Gi
+equal "$(k get statefulset trellis-postgresql --output 'jsonpath={.spec.volumeClaimTemplates[0].spec.resources.requests.storage}')" 9Gi "the volume asked for"
+helm test trellis --namespace "$NS" --timeout 3m >"$WORK/test" 2>&1 || { cat "$WORK/test"; fail "helm test with the new StatefulSet"; }
+equal "$(sql "SELECT count(*) FROM orders")" 2 "orders in the volume"
 remove_namespace "$NS"
