@@ -69,7 +69,7 @@ def cases(chart: Path) -> dict[str, list[str]]:
 
 def render(chart: Path, arguments: list[str]) -> list[str]:
     """The resources, each as text."""
-    command = ["helm", "template", "trellis", str(chart), *arguments]
+    command = ["helm", "template", "trellis", str(chart), "--no-hooks", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"{' '.join(command)}: {run.stderr}")
