@@ -9,14 +9,10 @@
      serves     true: runs as replicas and has metrics */}}
 
 {{- define "trellis.podMetadata" -}}
+{{- /* Those that are given replace none of the chart's, which selectors go by. */ -}}
+{{- $own := merge (include "trellis.labels" . | fromYaml) (.labels | default dict) (ternary (dict "trellis.dev/metrics" "true") dict (.serves | default false)) -}}
 labels:
-  {{- include "trellis.labels" . | nindent 2 }}
-  {{- if .serves }}
-  trellis.dev/metrics: "true"
-  {{- end }}
-  {{- with mergeOverwrite (deepCopy .options.podLabels) (.labels | default dict) }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- merge $own (deepCopy (.options.podLabels | default dict)) | toYaml | nindent 2 }}
 annotations:
   # Changed settings and passwords of the chart's own make new pods.
   checksum/config: {{ include "trellis.configChecksum" .root }}
