@@ -14,14 +14,11 @@ echo "{apiVersion: v2, name: umbrella, version: 1.0.0, dependencies: [{name: tre
 printf 'east: %s\nwest: %s\n' "$one" "$one" >"$umbrella/values.yaml"
 printf '%s\n' "$one" >"$WORK/one.yaml"
 
-# The second while the first comes up.
-VALUES=$WORK/one.yaml
-(install) &
-beside=$!
 began=$(seconds)
 helm install shop "$umbrella" --namespace "$NS" --wait --timeout 8m >"$WORK/umbrella.log" 2>&1 || { cat "$WORK/umbrella.log"; fail "helm install of the umbrella"; }
-wait "$beside" || fail "the installation beside it"
 say "helm install --wait of both aliases: $(since "$began") s"
+VALUES=$WORK/one.yaml
+install
 for release in shop trellis; do
   helm test "$release" --namespace "$NS" --timeout 4m >"$WORK/test" 2>&1 || { cat "$WORK/test"; fail "helm test $release"; }
 done
