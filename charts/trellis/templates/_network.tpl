@@ -12,7 +12,10 @@ spec:
   podSelector:
     matchLabels: {{ include "trellis.selector" . | nindent 6 }}
   policyTypes: [Ingress, Egress]
-  ingress: {{ .ingress | default list | toYaml | nindent 4 }}
+  {{- /* Not as an empty list, which Kubernetes leaves out, so that each server-side apply would be a change. */}}
+  {{- with .ingress }}
+  ingress: {{ toYaml . | nindent 4 }}
+  {{- end }}
   egress:
     - to: {{ toYaml $v.global.networkPolicy.dnsTo | nindent 8 }}
       ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
