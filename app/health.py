@@ -29,6 +29,7 @@ from temporalio.service import RPCError
 
 from app import db, deployment, temporal
 from app.errors import TrellisError, WrongNamespace
+from app.hosts import bind
 from app.identity import Identity
 from app.metrics import REGISTRY
 
@@ -167,15 +168,10 @@ class _Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((host, port))
+        return bind(host, port)
     except OSError as error:
-        bound.close()
         raise MetricsPortTaken(f"{host}:{port}, TRELLIS_METRICS_PORT: {error.strerror}") from error
-    return bound
 
 
 # --- what is asked for readiness

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     )
 
     # API
-    api_host: str = Field("127.0.0.1", description="Address the API listens on.")
+    api_host: str = Field("127.0.0.1", description="Address the API listens on; `::`: all of IPv4 and IPv6.")
     api_port: Port = Field(8000, description="Port the API listens on.")
     api_keep_alive_timeout: PositiveInt = Field(
         75,
@@ -281,7 +281,7 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of `/metrics`, `/healthz` and `/readyz` of this process; 0: none."
     )
-    metrics_host: str = Field("127.0.0.1", description="Address that port is on.")
+    metrics_host: str = Field("127.0.0.1", description="Address that port is on; `::`: all of IPv4 and IPv6.")
 
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")

@@ -115,7 +115,7 @@ def test_a_dashboard_keeps_the_rules_of_the_linter(board: dict[str, Any]) -> Non
     variables = {each["name"]: each for each in board["templating"]["list"]}
     assert [each["name"] for each in variables.values() if each["type"] == "datasource"] == ["datasource"]
     assert variables["datasource"]["query"] == "prometheus"
-    for name in ("job", "instance", "namespace", "queue"):
+    for name in ("job", "instance", "namespace", "release", "queue"):
         assert variables[name]["multi"]
         assert variables[name]["includeAll"]
         assert variables[name]["datasource"]["uid"] == "${datasource}"
@@ -269,3 +269,100 @@ def test_kustomize_takes_every_file() -> None:
         listed = yaml.safe_load((where / "Kustomization").read_text())["configMapGenerator"]
         files = [name for generator in listed for name in generator["files"]]
         assert sorted(files) == sorted(path.name for path in where.glob(pattern))
+
+
+# --- in the chart, for one release among others
+
+chart = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm, which renders the chart")
+#: Installations of one cluster, as (namespace, release, name): two in one namespace, one of them renamed.
+INSTALLED = [("shop", "trellis", "trellis"), ("shop", "staging", "orders"), ("prod", "trellis", "trellis")]
+
+
+def _rendered(template: str, namespace: str, release: str, name: str, *more: str) -> list[dict[str, Any]]:
+    values = (
+        f"sandbox.enabled=true,metrics.prometheusRule.enabled=true,metrics.dashboards.enabled=true,nameOverride={name}"
+    )
+    arguments = ["--namespace", namespace, "--set", values, *more, "--show-only", f"templates/monitoring/{template}"]
+    command = ["helm", "template", release, str(ROOT / "charts/trellis"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return [each for each in yaml.safe_load_all(run.stdout) if each]
+
+
+def _selectors(expr: str) -> list[str]:
+    """What a query selects by, of each metric in it; empty where it takes all."""
+    bare = re.sub(r"\b(by|on|ignoring)\s*\([^)]*\)", " ", expr)
+    names = "|".join(re.escape(name) for name in sorted(metrics_of(expr), key=len, reverse=True))
+    return [found[1] or "" for found in re.finditer(rf"(?<![\w:\"])(?:{names})(\{{[^}}]*\}})?", bare)]
+
+
+@chart
+@pytest.mark.parametrize(("namespace", "release", "name"), INSTALLED)
+def test_every_query_of_the_chart_is_about_its_release(namespace: str, release: str, name: str) -> None:
+    [rules] = _rendered("prometheusrule.yaml", namespace, release, name)
+    exprs = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    for config_map in _rendered("dashboards.yaml", namespace, release, name):
+        [text] = config_map["data"].values()
+        exprs += [target["expr"] for panel in all_panels(json.loads(text)) for target in panel["targets"]]
+    assert len(exprs) > 80
+    spans_and_jobs = ("traces_span_metrics", "kube_job")
+    for expr in exprs:
+        selectors = _selectors(expr)
+        assert selectors, expr
+        for selector in selectors:
+            assert f'namespace="{namespace}"' in selector, expr
+            if not any(word in expr for word in spans_and_jobs):
+                assert f'app_kubernetes_io_instance="{release}"' in selector, expr
+
+
+@chart
+def test_dashboards_of_two_releases_are_two() -> None:
+    boards = [each for one in INSTALLED for each in _rendered("dashboards.yaml", *one)]
+    texts = [text for each in boards for text in each["data"].values()]
+    assert len({name for each in boards for name in each["data"]}) == len(boards) == 9
+    assert len({json.loads(text)["uid"] for text in texts}) == 9
+    assert all(len(json.loads(text)["uid"]) <= 40 for text in texts)
+
+
+@chart
+def test_a_temporal_of_others_is_told_by_its_own_namespace() -> None:
+    external = ["--set", "temporal.enabled=false,temporalClient.address=t:7233,temporalClient.namespace=orders.a1b2c"]
+    [rules] = _rendered("prometheusrule.yaml", "shop", "trellis", "trellis", *external)
+    [rule] = [group["rules"][0] for group in rules["spec"]["groups"] if group["name"] == "TrellisBacklogAge"]
+    assert set(_selectors(rule["expr"])) == {
+        '{namespace="orders.a1b2c",taskqueue=~"default|shipping_tq"}',
+        '{exported_namespace="orders.a1b2c",taskqueue=~"default|shipping_tq"}',
+    }
+
+
+def _series(namespace: str, release: str, name: str, *, alive: bool) -> list[dict[str, str]]:
+    """What Prometheus has of an installation; a dead one died after five minutes."""
+    labels = f'namespace="{namespace}",app_kubernetes_io_instance="{release}",job="{name}"'
+    worker = 'task_queue="default",poller_type="workflow_task",service_name="temporal-core-sdk"'
+    poller = f"temporal_num_pollers{{{labels},{worker}}}"
+    values = "1x30" if alive else "1x5 stale"
+    return [
+        {"series": each, "values": values} for each in (f"up{{{labels}}}", f"trellis_orders_open{{{labels}}}", poller)
+    ]
+
+
+@chart
+@promtool
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_the_health_of_one_release_hides_no_other(dead: int, tmp_path: Path) -> None:
+    """Each watches itself alone: of three, the alerts of the dead one fire, and those of the others are silent."""
+    series = [each for n, one in enumerate(INSTALLED) for each in _series(*one, alive=n != dead)]
+    # Of a program that is not ours, and whose Job is named alike.
+    for metric, value in (("kube_job_status_failed", "1x30"), ("kube_job_status_start_time", "60x30")):
+        series.append({"series": f'{metric}{{namespace="shop",job_name="security-audit-29"}}', "values": value})
+    for number, (namespace, release, name) in enumerate(INSTALLED):
+        [rules] = _rendered("prometheusrule.yaml", namespace, release, name)
+        (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules["spec"]))
+        tests = []
+        for alert in ("TrellisTargetDown", "TrellisNoPollers", "TrellisAuditFailed"):
+            fires = number == dead and alert != "TrellisAuditFailed"
+            tests.append({"expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})', "eval_time": "20m"})
+            tests[-1]["exp_samples"] = [{"labels": "{}", "value": 2}] if fires else []
+        case = {"interval": "1m", "input_series": series, "promql_expr_test": tests}
+        (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [case]}))
+        _promtool("test", "rules", tmp_path / "test.yaml")

@@ -35,6 +35,7 @@ def sandbox(
 async def _serve(host: str, port: int, settings: Settings) -> None:
     import uvicorn
 
+    from app import hosts
     from app.sandbox.app import create_sandbox, ledger_of
 
     # The ledger opens at the first request, so that this may start before its database does.
@@ -46,7 +47,8 @@ async def _serve(host: str, port: int, settings: Settings) -> None:
         )
         # After Config, which sets up logging.
         logging.getLogger("uvicorn.error").addFilter(_lost_on_purpose)
-        await uvicorn.Server(config).serve()
+        sockets = [hosts.bind(host, port)] if host == "::" else None
+        await uvicorn.Server(config).serve(sockets)
 
 
 def _lost_on_purpose(record: logging.LogRecord) -> bool:

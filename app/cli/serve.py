@@ -7,6 +7,7 @@ tab completion need not wait for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from enum import StrEnum
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from app.settings import Settings
 
 
@@ -91,7 +94,7 @@ def serve(application: object, settings: Settings) -> None:
 
     from app import serving
 
-    uvicorn.run(
+    config = uvicorn.Config(
         application,  # type: ignore[arg-type]
         host=settings.api_host,
         port=settings.api_port,
@@ -101,6 +104,25 @@ def serve(application: object, settings: Settings) -> None:
         timeout_keep_alive=settings.api_keep_alive_timeout,
         timeout_graceful_shutdown=serving.GRACE,
     )
+    run_server(config)
+
+
+def run_server(config: uvicorn.Config) -> None:
+    """Run uvicorn until a signal ends it; where the host is `::`, on both families, for uvicorn takes it for one."""
+    import uvicorn
+
+    from app import hosts
+
+    sockets = None
+    if config.host == "::":
+        # A port that is taken is for uvicorn to tell, as for every other host.
+        with contextlib.suppress(OSError):
+            sockets = [hosts.bind(config.host, config.port)]
+    server = uvicorn.Server(config)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets)
+    if not server.started:
+        sys.exit(uvicorn.config.STARTUP_FAILURE)
 
 
 def worker(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from app.metrics import HTTP_DURATION, QUERY_DURATION
-from dashboards.src.board import THEIRS, Board, Query, of_server, percentiles, quantile, rate, ratio, select
+from dashboards.src.board import RELEASE, Board, Query, of_server, of_spans, percentiles, quantile, rate, ratio, select
 from dashboards.src.names import buckets, count, gauge, server, spans
 
 ASKED: Final = count(HTTP_DURATION)
@@ -105,7 +105,7 @@ def _processes(this: Board) -> None:
         "Up",
         "1: the process answered Prometheus.",
         "short",
-        Query(f"sum by (job, instance) (up{{{THEIRS}}})", "{{job}} {{instance}}"),
+        Query(f"sum by (job, instance) (up{{{RELEASE}}})", "{{job}} {{instance}}"),
         runbook="TrellisTargetDown",
     )
     this.series(
@@ -181,9 +181,9 @@ def _temporal(this: Board) -> None:
 
 def _traced(this: Board) -> None:
     this.row("From traces: the collector counts spans")
-    calls = of_server(spans("traces_span_metrics_calls_total"), 'span_kind="SPAN_KIND_CLIENT"')
-    took = of_server(spans("traces_span_metrics_duration_milliseconds_bucket"), 'span_name=~"POST /v1/.*"')
-    failed = of_server(spans("traces_span_metrics_calls_total"), 'status_code="STATUS_CODE_ERROR"')
+    calls = of_spans(spans("traces_span_metrics_calls_total"), 'span_kind="SPAN_KIND_CLIENT"')
+    took = of_spans(spans("traces_span_metrics_duration_milliseconds_bucket"), 'span_name=~"POST /v1/.*"')
+    failed = of_spans(spans("traces_span_metrics_calls_total"), 'status_code="STATUS_CODE_ERROR"')
     this.series(
         "Calls to partners, p95",
         "Payment provider and carrier, from the client's span. Only orders whose traces are sent.",

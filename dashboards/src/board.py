@@ -21,9 +21,13 @@ from dashboards.src.names import counter
 DATASOURCE: Final = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 #: Selects the product's own processes, in every query about them.
-OURS: Final = 'job=~"$job",namespace=~"$namespace",instance=~"$instance"'
-#: Selects by the namespace alone: for servers that other jobs scrape.
+OURS: Final = 'job=~"$job",namespace=~"$namespace",app_kubernetes_io_instance=~"$release",instance=~"$instance"'
+#: Selects what is recorded of them, and other targets of the release.
+RELEASE: Final = 'namespace=~"$namespace",app_kubernetes_io_instance=~"$release"'
+#: Selects by the namespace alone: for what others count, such as spans and alerts.
 THEIRS: Final = 'namespace=~"$namespace"'
+#: Selects the Temporal server. It has no label `temporal`: the chart finds the selector by it, and replaces it.
+SERVER: Final = f'{RELEASE},temporal=""'
 QUEUE: Final = 'task_queue=~"$queue"'
 #: The server's label has `_` where the queue's name has `-`, so `$queue` cannot select; its own queues are left out.
 SERVER_QUEUES: Final = 'taskqueue!~"temporal_sys.*|default_worker_tq"'
@@ -46,7 +50,12 @@ def select(metric: str, *matchers: str) -> str:
 
 
 def of_server(metric: str, *matchers: str) -> str:
-    """A metric of another process, such as the Temporal server."""
+    """A metric of the Temporal server."""
+    return f"{metric}{{{','.join((SERVER, *matchers))}}}"
+
+
+def of_spans(metric: str, *matchers: str) -> str:
+    """A metric that the collector makes of spans."""
     return f"{metric}{{{','.join((THEIRS, *matchers))}}}"
 
 
@@ -260,17 +269,13 @@ def _variables() -> list[builders.DatasourceVariable | builders.QueryVariable | 
         # Not every Prometheus adds one, hence `.*`.
         _values("namespace", "Namespace", f'label_values({started}{{job=~"$job"}}, namespace)', every=".*"),
         _values(
-            "instance",
-            "Instance",
-            f'label_values({started}{{job=~"$job",namespace=~"$namespace"}}, instance)',
-            every=".+",
+            "release",
+            "Release",
+            f'label_values({started}{{job=~"$job",namespace=~"$namespace"}}, app_kubernetes_io_instance)',
+            every=".*",
         ),
-        _values(
-            "queue",
-            "Task queue",
-            f'label_values({attempts}{{job=~"$job",namespace=~"$namespace"}}, task_queue)',
-            every=".+",
-        ),
+        _values("instance", "Instance", f'label_values({started}{{job=~"$job",{RELEASE}}}, instance)', every=".+"),
+        _values("queue", "Task queue", f'label_values({attempts}{{job=~"$job",{RELEASE}}}, task_queue)', every=".+"),
         builders.TextBoxVariable("runbooks")
         .label("Runbooks")
         .description("Where docs/runbooks of the repository can be read, for the links in the corners of panels.")

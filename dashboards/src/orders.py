@@ -7,7 +7,7 @@ from typing import Final
 from app.metrics import ORDERS_CLOSED, ORDERS_STARTED, PAYMENTS, REFUNDS, SIGNALS, STEP_DURATION
 from app.payment.models import PaymentStatus
 from app.steps import FINAL_STEPS, Step
-from dashboards.src.board import THEIRS, Board, Query, percentiles, quantile, rate, ratio, select
+from dashboards.src.board import RELEASE, Board, Query, percentiles, quantile, rate, ratio, select
 from dashboards.src.names import buckets, count, counter, gauge
 
 STARTED: Final = counter(ORDERS_STARTED)
@@ -72,7 +72,7 @@ def _now(this: Board) -> None:
         "Error budget left",
         "Of the 0.1 % of 30 days; negative when it is overdrawn. Counts from when Prometheus began, if that is less.",
         "percentunit",
-        Query(f"min (1 - trellis:slow_stays:ratio_rate30d{{{THEIRS}}} / {BUDGET})"),
+        Query(f"min (1 - trellis:slow_stays:ratio_rate30d{{{RELEASE}}} / {BUDGET})"),
         runbook="TrellisOrdersSettleSlowly",
     )
 
@@ -215,7 +215,7 @@ def _objective(this: Board) -> None:
         "and 30 min.",
         "short",
         *(
-            Query(f"max by (namespace) (trellis:slow_stays:ratio_rate{window}{{{THEIRS}}}) / {BUDGET}", name)
+            Query(f"max by (namespace) (trellis:slow_stays:ratio_rate{window}{{{RELEASE}}}) / {BUDGET}", name)
             for window, name in BURN.items()
         ),
         runbook="TrellisOrdersSettleSlowly",

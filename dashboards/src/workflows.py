@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from app.metrics import ATTEMPT_DURATION, ATTEMPTS, RETRIES
-from dashboards.src.board import QUEUE, SERVER_QUEUES, THEIRS, Board, Query, of_server, quantile, rate, ratio, select
+from dashboards.src.board import QUEUE, RELEASE, SERVER_QUEUES, Board, Query, of_server, quantile, rate, ratio, select
 from dashboards.src.names import buckets, counter, sdk, server
 
 TRIED: Final = counter(ATTEMPTS)
@@ -51,7 +51,7 @@ def _attempts(this: Board) -> None:
         "Share of attempts that are repetitions",
         "Over 15 minutes. Above a half an activity does little else; the alert waits for more than ten.",
         "percentunit",
-        Query(f"max by (activity) (trellis:activity_repeats:ratio_rate15m{{{THEIRS}}})", "{{activity}}"),
+        Query(f"max by (activity) (trellis:activity_repeats:ratio_rate15m{{{RELEASE}}})", "{{activity}}"),
         runbook="TrellisRetryRatio",
         limits=[(0.5, "red")],
     )

@@ -7,7 +7,7 @@
 {{/* With `--reuse-values`, Helm leaves out what an older chart did not have, and the templates would end in "nil pointer". */}}
 {{- define "trellis.complete" -}}
 {{- $values := .Values -}}
-{{- range list "global.trellis" "production" "sandbox" "orders" "api.exposure" "api.allowedHosts" "partners.payment.tls" "partners.carrier.tls" -}}
+{{- range regexSplit "\\s+" (include "trellis.needed" . | trim) -1 -}}
   {{- $found := $values -}}
   {{- range splitList "." . -}}
     {{- $found = index ($found | default dict) . -}}
@@ -18,22 +18,31 @@
 {{- end -}}
 {{- end }}
 
+{{/* Every map of values.yaml that templates look into, and what they write down as it is. */}}
+{{- define "trellis.needed" -}}
+global.trellis global.networkPolicy production sandbox image postgresql.enabled temporal.enabled database migration temporalClient.tls
+temporalClient.apiKey taskQueues orders.addressAfterReview partners.payment.tls partners.payment.tokenKey partners.carrier.tls
+partners.carrier.tokenKey otel serviceAccount podDefaults.podSecurityContext podDefaults.containerSecurityContext api.strategy
+api.probes api.resources api.allowedHosts api.exposure api.service api.ingress api.httpRoute api.autoscaling api.pdb
+workerDefaults.resources workerDefaults.slots workerDefaults.strategy workerDefaults.probes workerDefaults.autoscaling
+workerDefaults.keda workerDefaults.pdb workers jobs.backoffLimit jobs.resources workerVersioning.controller reconcile.every
+reconcile.schedule audit.schedule audit.timeZone audit.partners networkPolicy metrics.podMonitor metrics.serviceMonitor
+metrics.prometheusRule metrics.dashboards test.patienceSeconds
+{{- end }}
+
 {{- define "trellis.fullname" -}}
 {{- include "trellis.complete" . -}}
 {{- $name := include "trellis.name" . -}}
-{{- if .Values.fullnameOverride -}}
-{{ .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
-{{- else if contains $name .Release.Name -}}
-{{ .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else -}}
-{{ printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
-{{- end -}}
+{{- $given := .Values.fullnameOverride | default .Values.global.trellis.fullnameOverride -}}
+{{- /* In an umbrella chart the release's name alone may be another's, or that of another alias. */}}
+{{- $alone := and (contains $name .Release.Name) (not (include "trellis.owner" .)) -}}
+{{ include "trellis.dnsName" (list ($given | default (ternary .Release.Name (printf "%s-%s" .Release.Name $name) $alone)) 40) }}
 {{- end }}
 
 {{/* What selectors go by. (dict "root" $ "component" "api") */}}
 {{- define "trellis.selector" -}}
 app.kubernetes.io/name: {{ include "trellis.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ include "trellis.instance" .root }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
@@ -54,7 +63,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 
 {{- define "trellis.image" -}}
 {{- with .Values.image -}}
-{{ .repository }}
+{{ include "trellis.repository" (dict "root" $ "repository" .repository) }}
 {{- if or .tag (not .digest) }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
 {{- with .digest }}@{{ . }}{{ end }}
 {{- end -}}
@@ -78,6 +87,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 
 {{/* A worker with what it shares with the others, as JSON. (dict "root" $ "worker" {…}) */}}
 {{- define "trellis.worker" -}}
+{{- include "trellis.complete" .root -}}
 {{- $v := .root.Values -}}
 {{- $worker := mergeOverwrite (deepCopy $v.podDefaults) (deepCopy $v.workerDefaults) (deepCopy (.worker | default dict)) -}}
 {{- $queue := ternary $v.taskQueues.shipping $v.taskQueues.order (eq $worker.role "shipping") -}}

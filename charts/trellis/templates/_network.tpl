@@ -12,7 +12,10 @@ spec:
   podSelector:
     matchLabels: {{ include "trellis.selector" . | nindent 6 }}
   policyTypes: [Ingress, Egress]
-  ingress: {{ .ingress | default list | toYaml | nindent 4 }}
+  {{- /* Not as an empty list, which Kubernetes leaves out, so that each server-side apply would be a change. */}}
+  {{- with .ingress }}
+  ingress: {{ toYaml . | nindent 4 }}
+  {{- end }}
   egress:
     - to: {{ toYaml $v.global.networkPolicy.dnsTo | nindent 8 }}
       ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
@@ -34,7 +37,7 @@ spec:
 {{- end }}
 
 {{- define "trellis.to.postgresql" -}}
-{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "postgresql" "app.kubernetes.io/instance" .Release.Name))) -}}
+{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "postgresql" "app.kubernetes.io/instance" (include "trellis.instance" .)))) -}}
 - ports: [{port: {{ .Values.database.port }}}]
   {{- with ternary $bundled .Values.networkPolicy.postgresqlTo .Values.postgresql.enabled }}
   to: {{ toYaml . | nindent 4 }}
@@ -42,7 +45,7 @@ spec:
 {{- end }}
 
 {{- define "trellis.to.temporal" -}}
-{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "temporal" "app.kubernetes.io/instance" .Release.Name))) -}}
+{{- $bundled := list (dict "podSelector" (dict "matchLabels" (dict "app.kubernetes.io/name" "temporal" "app.kubernetes.io/instance" (include "trellis.instance" .)))) -}}
 - ports: [{port: {{ include "trellis.temporalAddress" . | splitList ":" | last }}}]
   {{- with ternary $bundled .Values.networkPolicy.temporalTo .Values.temporal.enabled }}
   to: {{ toYaml . | nindent 4 }}

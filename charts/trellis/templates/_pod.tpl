@@ -9,14 +9,10 @@
      serves     true: runs as replicas and has metrics */}}
 
 {{- define "trellis.podMetadata" -}}
+{{- /* Those that are given replace none of the chart's, which selectors go by. */ -}}
+{{- $own := merge (include "trellis.labels" . | fromYaml) (.labels | default dict) (ternary (dict "trellis.dev/metrics" "true") dict (.serves | default false)) -}}
 labels:
-  {{- include "trellis.labels" . | nindent 2 }}
-  {{- if .serves }}
-  trellis.dev/metrics: "true"
-  {{- end }}
-  {{- with mergeOverwrite (deepCopy .options.podLabels) (.labels | default dict) }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- merge $own (deepCopy (.options.podLabels | default dict)) | toYaml | nindent 2 }}
 annotations:
   # Changed settings and passwords of the chart's own make new pods.
   checksum/config: {{ include "trellis.configChecksum" .root }}
@@ -38,18 +34,10 @@ serviceAccountName: {{ include "trellis.serviceAccountName" .root }}
 automountServiceAccountToken: false
 # Those of a Service `trellis-api` would look like the setting TRELLIS_API_PORT.
 enableServiceLinks: false
-{{- with .root.Values.global.imagePullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
-  {{- end }}
-{{- end }}
-securityContext: {{ toYaml $options.podSecurityContext | nindent 2 }}
-{{- range $key := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}
-{{- with get $options $key }}
-{{ $key }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
-{{- end }}
-{{- end }}
+{{- include "trellis.pullSecrets" .root | nindent 0 }}
+securityContext:
+  {{- include "trellis.podSecurity" (dict "root" .root "context" $options.podSecurityContext) | nindent 2 }}
+{{- include "trellis.podOptions" $options }}
 {{- if and .serves $options.topologySpreadConstraints }}
 topologySpreadConstraints:
   {{- $selector := dict "matchLabels" (merge (include "trellis.selector" . | fromYaml) (.labels | default dict)) }}
@@ -76,10 +64,7 @@ volumes:
 {{- $v := .root.Values -}}
 image: {{ include "trellis.image" .root }}
 imagePullPolicy: {{ $v.image.pullPolicy }}
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities: {drop: [ALL]}
+securityContext: {{ toYaml .options.containerSecurityContext | nindent 2 }}
 envFrom:
   - configMapRef: {name: {{ include "trellis.fullname" .root }}}
 {{- with include "trellis.env" . | trim }}

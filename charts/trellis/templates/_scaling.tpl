@@ -57,7 +57,7 @@ spec:
 {{- if .Values.temporalClient.address -}}
 {{ .Values.temporalClient.address }}
 {{- else -}}
-{{ .Release.Name }}-temporal-frontend.{{ .Release.Namespace }}.svc:7233
+{{ include "trellis.serversName" . }}-temporal-frontend.{{ .Release.Namespace }}.svc:7233
 {{- end -}}
 {{- end }}
 

@@ -1,11 +1,21 @@
 {{/* Where PostgreSQL, Temporal and the partners are, and which Secrets open them. */}}
 
 {{- define "trellis.databaseHost" -}}
-{{ .Values.database.host | default (printf "%s-postgresql" .Release.Name) }}
+{{ .Values.database.host | default (include "trellis.bundledHost" .) }}
+{{- end }}
+
+{{- define "trellis.bundledHost" -}}
+{{ include "trellis.serversName" . }}-postgresql
+{{- end }}
+
+{{/* Whether Temporal of this chart keeps its data in PostgreSQL of this chart. */}}
+{{- define "trellis.temporalOnBundled" -}}
+{{- $host := tpl (dig "database" "host" "" .Values.temporal) . -}}
+{{ has $host (list "" (include "trellis.bundledHost" .)) | ternary "yes" "" }}
 {{- end }}
 
 {{- define "trellis.temporalAddress" -}}
-{{ .Values.temporalClient.address | default (printf "%s-temporal-frontend:7233" .Release.Name) }}
+{{ .Values.temporalClient.address | default (printf "%s-temporal-frontend:7233" (include "trellis.serversName" .)) }}
 {{- end }}
 
 {{- define "trellis.temporalTls" -}}
@@ -25,7 +35,7 @@
 {{/* That of the chart's PostgreSQL. */}}
 {{- define "trellis.bundledSecret" -}}
 {{- $own := tpl (dig "auth" "existingSecret" "" .Values.postgresql) . -}}
-{{ $own | default (tpl .Values.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) }}
+{{ $own | default (tpl .Values.global.trellis.postgresqlSecret .) | default (include "trellis.bundledHost" .) }}
 {{- end }}
 
 {{- define "trellis.migrationSecret" -}}

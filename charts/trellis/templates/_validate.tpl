@@ -42,6 +42,9 @@
   {{- $_ := set $places (printf "workers.%s" $key) ($worker | default dict) -}}
 {{- end -}}
 {{- range $place, $options := $places -}}
+  {{- if and (eq ($options.dnsPolicy | default "") "None") (not (dig "nameservers" list ($options.dnsConfig | default dict))) -}}
+    {{- $faults = append $faults (printf "%s.dnsPolicy is None, so a pod knows no name server: set %s.dnsConfig.nameservers" $place $place) -}}
+  {{- end -}}
   {{- range $options.extraEnv -}}
     {{- if hasPrefix "TRELLIS_FAILPOINTS" .name -}}
       {{- $faults = append $faults (printf "%s.extraEnv has %s: set settings.%s instead" $place .name (.name | trimPrefix "TRELLIS_" | lower)) -}}
@@ -90,11 +93,27 @@
   {{- if not $own -}}
     {{- $faults = append $faults (printf "nothing opens the database: set database.existingSecret to a Secret with %s's password under the key %s, or set database.password" .database.user .database.passwordKey) -}}
   {{- end -}}
-  {{- if and .temporal.enabled (eq (dig "database" "host" "" .temporal) "{{ .Release.Name }}-postgresql") -}}
+  {{- if and .temporal.enabled (include "trellis.temporalOnBundled" $) -}}
     {{- $faults = append $faults "Temporal of this chart has no PostgreSQL: set temporal.database.host and temporal.database.existingSecret, or temporal.enabled=false and temporalClient.address" -}}
   {{- end -}}
 {{- else if .database.host -}}
   {{- $faults = append $faults "database.host is set, and PostgreSQL of this chart would run for nothing: set postgresql.enabled=false" -}}
+{{- end -}}
+{{- with include "trellis.wrongHost" .database.host -}}
+  {{- $faults = append $faults (printf "database.host is %s: %s database.port" $.Values.database.host .) -}}
+{{- end -}}
+{{- with .temporalClient.address -}}
+  {{- $port := regexFind ":[0-9]+$" . -}}
+  {{- if not $port -}}
+    {{- $faults = append $faults (printf "temporalClient.address is %s: set it to host:port, such as temporal.example.com:7233 or [fd00::1]:7233" .) -}}
+  {{- else if include "trellis.wrongHost" (trimSuffix $port .) -}}
+    {{- $faults = append $faults (printf "temporalClient.address is %s: set it to host:port without a scheme, an IPv6 address in brackets, such as [fd00::1]:7233" .) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name, $value := dict "database.password" .database.password "migration.password" .migration.password "temporalClient.apiKey.value" .temporalClient.apiKey.value -}}
+  {{- if regexMatch "[\r\n]" $value -}}
+    {{- $faults = append $faults (printf "%s has a line feed, which some readers cut off and some do not: leave it out" $name) -}}
+  {{- end -}}
 {{- end -}}
 {{- if and .database.password .database.existingSecret -}}
   {{- $faults = append $faults "database.password and database.existingSecret are both set: set one" -}}
@@ -117,6 +136,15 @@
 {{ toJson $faults }}
 {{- end }}
 
+{{/* What is wrong with a host, and nothing where it is fine. (the host) */}}
+{{- define "trellis.wrongHost" -}}
+{{- if regexMatch "^[0-9A-Fa-f]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*$" . -}}
+put the IPv6 address in brackets; a port goes to
+{{- else if not (regexMatch "^([-_.A-Za-z0-9]*|\\[[0-9A-Fa-f:.]+\\])$" .) -}}
+set it to the name or address alone; a port goes to
+{{- end -}}
+{{- end }}
+
 {{/* What the servers of this chart do not have, and what has to be said of them once. */}}
 {{- define "trellis.faults.bundled" -}}
 {{- $faults := list -}}
@@ -133,6 +161,14 @@
       {{- end -}}
     {{- end -}}
   {{- end -}}
+  {{- $keys := dict "trellis_app" "app-password" "trellis_migrate" "migrate-password" -}}
+  {{- range $name := list "database" "migration" -}}
+    {{- with get $v $name -}}
+      {{- if and (hasKey $keys .user) (ne .passwordKey (get $keys .user)) -}}
+        {{- $faults = append $faults (printf "%s.passwordKey is %s, and this chart's PostgreSQL reads the password of %s from %s: set it to that, or leave it out" $name .passwordKey .user (get $keys .user)) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
   {{- range list (list "database.name" $v.database.name (list "trellis")) (list "database.user" $v.database.user (list "trellis_app" "trellis_migrate")) (list "migration.user" $v.migration.user (list "trellis_migrate")) (list "database.port" (toString $v.database.port) (list "5432")) (list "database.sslMode" $v.database.sslMode (list "" "disable" "allow" "prefer")) (list "database.caSecret" $v.database.caSecret (list "")) (list "database.urlKey" $v.database.urlKey (list "")) (list "migration.urlKey" $v.migration.urlKey (list "")) -}}
     {{- if not (has (index . 1) (last .)) -}}
       {{- $faults = append $faults (printf "%s is %v, and this chart's PostgreSQL has no such thing: %s" (first .) (index . 1) $instead) -}}
@@ -141,18 +177,18 @@
 {{- end -}}
 {{- if $v.temporal.enabled -}}
   {{- $names := list -}}
-  {{- range $v.temporal.namespaces | default (list (dict "name" "default")) -}}
+  {{- range dig "namespaces" (list (dict "name" "default")) $v.temporal -}}
     {{- $names = append $names .name -}}
   {{- end -}}
   {{- if not (has $v.temporalClient.namespace $names) -}}
-    {{- $faults = append $faults (printf "temporalClient.namespace is %s, and this chart's Temporal has %s: set temporal.namespaces to [{name: %s, retention: 168h}]" $v.temporalClient.namespace (join ", " $names) $v.temporalClient.namespace) -}}
+    {{- $faults = append $faults (printf "temporalClient.namespace is %s, and this chart's Temporal has %s: set temporal.namespaces to [{name: %s, retention: 168h}]" $v.temporalClient.namespace (join ", " $names | default "none") $v.temporalClient.namespace) -}}
   {{- end -}}
   {{- if include "trellis.temporalTls" . | eq "true" -}}
     {{- $faults = append $faults "temporalClient.tls or temporalClient.apiKey is set, and this chart's Temporal has neither TLS nor keys: leave them out, or set temporal.enabled=false for a Temporal of your own" -}}
   {{- end -}}
   {{- $own := tpl (dig "database" "existingSecret" "" $v.temporal) . -}}
-  {{- if and $v.postgresql.enabled (eq (dig "database" "host" "" $v.temporal) "{{ .Release.Name }}-postgresql") -}}
-    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (printf "%s-postgresql" .Release.Name) -}}
+  {{- if and $v.postgresql.enabled (include "trellis.temporalOnBundled" $) -}}
+    {{- $secret := $own | default (tpl $v.global.trellis.postgresqlSecret .) | default (include "trellis.bundledHost" .) -}}
     {{- if ne $secret (include "trellis.bundledSecret" .) -}}
       {{- $faults = append $faults (printf "Temporal opens its database with the Secret %s, and this chart's PostgreSQL takes its passwords from %s: set global.trellis.postgresqlSecret for both, and neither postgresql.auth.existingSecret nor temporal.database.existingSecret" $secret (include "trellis.bundledSecret" .)) -}}
     {{- end -}}

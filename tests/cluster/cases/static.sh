@@ -77,6 +77,14 @@ for chart in charts/trellis/charts/*; do
   helm lint --strict --quiet "$chart" || fail "helm lint of $chart"
 done
 
+# Names, under every name of a release that Helm takes, and twice in one release.
+cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/postgresql/templates/_shared.tpl || fail "PostgreSQL is named by other rules"
+cmp charts/trellis/templates/_shared.tpl charts/trellis/charts/temporal/templates/_shared.tpl || fail "Temporal is named by other rules"
+"$WORK/tools/bin/python" "$here/names.py" charts/trellis || fail "names that meet, or that Kubernetes does not take"
+
+# Values of an earlier chart, which `--reuse-values` takes for all there are.
+"$WORK/tools/bin/python" "$here/reuse_values.py" charts/trellis || fail "a value that is missing is not named"
+
 # Helm keeps a release in one Secret of at most 1 MiB, compressed and then in base64.
 size=$(helm template trellis charts/trellis --values "$here/values-everything.yaml" | gzip -9 | base64 -w 0 | wc -c)
 say "the largest release, compressed: $size bytes"
@@ -106,11 +114,21 @@ mkdir "$WORK/programs" "$WORK/passwords"
 printf '#!/bin/sh\n' | tee "$WORK/programs/pg_isready" "$WORK/programs/psql" >/dev/null
 chmod +x "$WORK"/programs/*
 for name in postgres migrate app temporal; do printf secret >"$WORK/passwords/$name-password"; done
-starts() { PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
+ready() { TMPDIR=$WORK PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/ready.sh; }
+starts() { TMPDIR=$WORK PATH=$WORK/programs:$PATH PASSWORDS=$WORK/passwords SANDBOX=true bash charts/trellis/charts/postgresql/files/startup.sh; }
 starts >"$WORK/starts" || { cat "$WORK/starts"; fail "PostgreSQL's start refuses passwords that are in order"; }
 echo secret >"$WORK/passwords/app-password"
 ! starts >"$WORK/starts" || fail "PostgreSQL's start takes a password that ends with a line feed"
 say "$(cat "$WORK/starts")"
+# The same while it runs: changed passwords are taken once, wrong ones refused once, and it stays ready.
+printf other >"$WORK/passwords/app-password"
+ready >"$WORK/ready" || fail "PostgreSQL is not ready with changed passwords"
+grep -q 'as wanted' "$WORK/ready" || { cat "$WORK/ready"; fail "PostgreSQL does not take changed passwords"; }
+[ -z "$(ready)" ] || fail "PostgreSQL takes the same passwords again"
+echo another >"$WORK/passwords/app-password"
+ready >"$WORK/ready" || fail "PostgreSQL is not ready when new passwords are wrong"
+grep -q 'line feed' "$WORK/ready" || { cat "$WORK/ready"; fail "PostgreSQL does not say what is wrong with new passwords"; }
+[ -z "$(ready)" ] || fail "PostgreSQL says again what is wrong"
 
 # --- wrong values, as the documentation shows them
 

@@ -1,12 +1,21 @@
+{{/* That of the PostgreSQL which the same chart brings, and the one in use. */}}
+{{- define "trellis-temporal.ownDatabaseHost" -}}
+{{ include "trellis.serversName" . }}-postgresql
+{{- end }}
+
+{{- define "trellis-temporal.databaseHost" -}}
+{{ tpl .Values.database.host . | default (include "trellis-temporal.ownDatabaseHost" .) }}
+{{- end }}
+
 {{/* The server's way to its databases: variables of its built-in configuration template. */}}
-{{- define "temporal.serverDatabaseEnv" -}}
+{{- define "trellis-temporal.serverDatabaseEnv" -}}
 {{- $db := .Values.database -}}
 - {name: DB, value: {{ $db.plugin }}}
-- {name: POSTGRES_SEEDS, value: {{ tpl $db.host . | quote }}}
+- {name: POSTGRES_SEEDS, value: {{ include "trellis-temporal.databaseHost" . | quote }}}
 - {name: DB_PORT, value: {{ $db.port | quote }}}
 - {name: POSTGRES_USER, value: {{ $db.user | quote }}}
 - name: POSTGRES_PWD
-  valueFrom: {secretKeyRef: {name: {{ include "temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "trellis-temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
 - {name: DBNAME, value: {{ $db.name | quote }}}
 - {name: VISIBILITY_DBNAME, value: {{ $db.visibilityName | quote }}}
 - {name: SQL_MAX_CONNS, value: {{ $db.maxConnections | quote }}}
@@ -27,14 +36,14 @@
 {{- end }}
 
 {{/* The same for temporal-sql-tool, which has names of its own, and the scripts around it. */}}
-{{- define "temporal.toolEnv" -}}
+{{- define "trellis-temporal.toolEnv" -}}
 {{- $db := .Values.database -}}
 - {name: SQL_PLUGIN, value: {{ $db.plugin }}}
-- {name: SQL_HOST, value: {{ tpl $db.host . | quote }}}
+- {name: SQL_HOST, value: {{ include "trellis-temporal.databaseHost" . | quote }}}
 - {name: SQL_PORT, value: {{ $db.port | quote }}}
 - {name: SQL_USER, value: {{ $db.user | quote }}}
 - name: SQL_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "trellis-temporal.databaseSecret" . }}, key: {{ $db.existingSecretKey }}}}
 - {name: DATABASE, value: {{ $db.name | quote }}}
 - {name: VISIBILITY_DATABASE, value: {{ $db.visibilityName | quote }}}
 {{- if $db.tls.enabled }}
@@ -50,7 +59,7 @@
 {{- end }}
 {{- end }}
 
-{{- define "temporal.databaseMounts" -}}
+{{- define "trellis-temporal.databaseMounts" -}}
 {{- with .Values.database.tls }}
 {{- if and .enabled .caSecret }}
 - {name: database-ca, mountPath: /etc/temporal-database-ca, readOnly: true}
@@ -61,7 +70,7 @@
 {{- end }}
 {{- end }}
 
-{{- define "temporal.databaseVolumes" -}}
+{{- define "trellis-temporal.databaseVolumes" -}}
 {{- with .Values.database.tls }}
 {{- if and .enabled .caSecret }}
 - name: database-ca
@@ -75,7 +84,7 @@
 {{- end }}
 
 {{/* One of its own, or that of the release's PostgreSQL. */}}
-{{- define "temporal.databaseSecret" -}}
-{{- $release := tpl .Values.global.trellis.postgresqlSecret . | default (printf "%s-postgresql" .Release.Name) -}}
+{{- define "trellis-temporal.databaseSecret" -}}
+{{- $release := tpl .Values.global.trellis.postgresqlSecret . | default (include "trellis-temporal.ownDatabaseHost" .) -}}
 {{ tpl .Values.database.existingSecret . | default $release }}
 {{- end }}

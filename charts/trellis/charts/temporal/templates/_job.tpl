@@ -3,10 +3,10 @@
      cluster is the one in the manifest: Helm patches one to the other when it rolls back a release that was refused, and Kubernetes
      takes no patch but an empty one.
      Called with (dict "root" $ "component" "…" "spec" "the pod's"). */}}
-{{- define "temporal.job" -}}
+{{- define "trellis-temporal.job" -}}
 {{- $ttl := .root.Values.jobs.ttlSecondsAfterFinished -}}
-{{- $labels := include "temporal.labels" . -}}
-{{- $name := printf "%s-%s-%s" (include "temporal.fullname" .root) .component (list $labels .spec $ttl | toJson | sha256sum | trunc 7) -}}
+{{- $labels := include "trellis-temporal.labels" . -}}
+{{- $name := printf "%s-%s-%s" (include "trellis-temporal.fullname" .root) .component (list $labels .root.Values.podLabels .root.Values.podAnnotations .spec $ttl | toJson | sha256sum | trunc 7) -}}
 apiVersion: batch/v1
 kind: Job
 metadata:
@@ -14,7 +14,7 @@ metadata:
   labels:
     {{- $labels | nindent 4 }}
   annotations:
-    {{- include "temporal.kubeScore" .root | nindent 4 }}
+    {{- include "trellis-temporal.kubeScore" .root | nindent 4 }}
 spec:
   # Waiting is done inside; these are for what cannot be mended by waiting.
   backoffLimit: 6
@@ -28,8 +28,12 @@ spec:
   template:
     metadata:
       labels:
-        {{- $labels | nindent 8 }}
+        {{- include "trellis-temporal.podLabels" . | nindent 8 }}
         trellis.dev/job: {{ $name }}
+      {{- with .root.Values.podAnnotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
     spec:
       {{- .spec | nindent 6 }}
 {{- end }}

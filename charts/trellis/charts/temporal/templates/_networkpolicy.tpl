@@ -1,13 +1,13 @@
 {{/* DNS and the database: by its labels if it is of this release, else by its port. */}}
-{{- define "temporal.egress" -}}
-{{ include "temporal.egressDns" . }}
+{{- define "trellis-temporal.egress" -}}
+{{ include "trellis-temporal.egressDns" . }}
 - ports:
     - port: {{ .Values.database.port }}
-  {{- if eq (tpl .Values.database.host .) (printf "%s-postgresql" .Release.Name) }}
+  {{- if eq (include "trellis-temporal.databaseHost" .) (include "trellis-temporal.ownDatabaseHost" .) }}
   to:
     - podSelector:
         matchLabels:
-          app.kubernetes.io/instance: {{ .Release.Name }}
+          app.kubernetes.io/instance: {{ include "trellis.instance" . }}
           app.kubernetes.io/component: database
   {{- else if .Values.networkPolicy.databaseTo }}
   to:
@@ -15,7 +15,7 @@
   {{- end }}
 {{- end }}
 
-{{- define "temporal.egressDns" -}}
+{{- define "trellis-temporal.egressDns" -}}
 - ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
