@@ -2,7 +2,7 @@
 
 A class's docstring is its message; the constructor takes the facts that complete it. Whether the work may be
 tried again is a property of the class (`retryable`), and so is the HTTP status (`status`): the HTTP edge
-(`app.http`) turns an error into an RFC 9457 problem, the Temporal edge (`app.interceptors`) into an
+(`app.api`) turns an error into an RFC 9457 problem, the Temporal edge (`app.temporal.interceptors`) into an
 `ApplicationError` whose `type` is the class name. Temporal matches those names, so a rename is a breaking change.
 
 Messages reach `orders.last_error`, events, logs and the Temporal UI: they name identifiers and rules, never an

@@ -18,13 +18,13 @@ import structlog
 from app.cli import edge
 from app.errors import SettingsError
 from app.settings import load
-from app.telemetry import configure_logging
+from app.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from app.services import Services
     from app.settings import Settings
-    from app.wiring import Services
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ def create(settings: Settings) -> FastAPI:
     `app.state.workers_failed` tells whoever runs it whether the end was a failure.
     """
     # Not before: OpenTelemetry reads its variables when it is imported, and raises what is wrong with them.
-    from app.http import create_app
+    from app.api import create_app
 
     app = create_app(settings, beside=lambda services: _workers(app, services))
     app.state.workers_failed = False
@@ -44,9 +44,9 @@ def create(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _workers(app: FastAPI, services: Services) -> AsyncIterator[None]:
-    from app import worker
     from app.order.worker import order_worker
     from app.shipping.worker import shipping_worker
+    from app.temporal import worker
 
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
@@ -92,9 +92,9 @@ def __getattr__(name: str) -> Any:
         try:
             settings = load()
             _refuse_to_share_a_port(settings)
-            from app import partners
+            from app.partners import clients
 
-            partners.check(settings)
+            clients.check(settings)
             configure_logging(settings)
             return create(settings)
         except Exception as error:  # noqa: BLE001 - uvicorn would print its stack

@@ -26,9 +26,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app import database_url, hosts
+from app.domain import database_url, hosts
+from app.domain.types import DECIMAL_NUMBER
 from app.errors import SettingsError
-from app.text import DECIMAL_NUMBER
 
 #: A name of a host, or `*.` and one.
 _HOST: Final = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9])?)*")
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
         "does not, so that statements are kept prepared.",
     )
     database_statement_timeout: PositiveFloat = Field(
-        10.0, le=10, description="Seconds one SQL statement may take; at most 10, see `app/policies.py`."
+        10.0, le=10, description="Seconds one SQL statement may take; at most 10, see `app/workflow/policies.py`."
     )
     database_acquire_timeout: PositiveFloat = Field(
         2.0,
@@ -262,7 +262,7 @@ class Settings(BaseSettings):
         "readable on the way.",
     )
     partner_timeout: PositiveFloat = Field(
-        10.0, le=15, description="Seconds to wait for a partner's answer; at most 15, see `app/policies.py`."
+        10.0, le=15, description="Seconds to wait for a partner's answer; at most 15, see `app/workflow/policies.py`."
     )
     sandbox_database_url: SecretStr | None = Field(
         None, description="PostgreSQL of the sandbox's ledger; unset: the product's, in a schema of its own."

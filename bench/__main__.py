@@ -25,7 +25,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from app.local.processes import LocalError
+from app.local.process import LocalError
 from bench import plot, report
 from bench.contestants import CONTESTANTS, Contestant
 from bench.parts import drain, growth, memory, orders, reads, watchers

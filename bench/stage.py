@@ -17,9 +17,9 @@ import asyncpg
 import httpx
 from temporalio.client import Client
 
-from app.db import migrate
+from app.db.pool import migrate
 from app.local.postgres import MAINTENANCE, LocalPostgres
-from app.local.processes import Launch, ServerProcess, free_port, listens
+from app.local.process import Launch, ServerProcess, free_port, listens
 from app.local.temporal import LocalTemporal
 from bench.meter import Meter
 from bench.plan import Plan

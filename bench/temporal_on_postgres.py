@@ -18,7 +18,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from app.local.postgres import PASSWORD, USER, LocalPostgres
-from app.local.processes import Launch, LocalServer, ServerProcess, free_port, run_tool
+from app.local.process import Launch, LocalServer, ServerProcess, free_port, run_tool
 
 NAME = "temporal-server"
 _PLUGIN = "postgres12"

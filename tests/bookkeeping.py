@@ -17,7 +17,8 @@ from app.audit.executions import ClosedOrder, Executions
 from app.audit.models import Kind, Report
 from app.audit.partners import LedgerBooks
 from app.audit.repository import BooksRepository
-from app.money import Money
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.order.models import CloseOrder, OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.payment.activities import PaymentActivities
@@ -25,11 +26,10 @@ from app.payment.models import ChargeRequest, RefundRequest
 from app.payment.repository import PaymentRepository
 from app.sandbox.app import create_sandbox
 from app.sandbox.ledger import Answer, Ledger, Movement
+from app.services import Services
 from app.shipping.activities import ShippingActivities
 from app.shipping.models import Shipment
 from app.shipping.repository import ShipmentRepository
-from app.steps import Step
-from app.wiring import Services
 from tests import databases
 
 USD = Money(amount=Decimal("50.00"), currency="USD")

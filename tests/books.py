@@ -22,9 +22,9 @@ import asyncpg
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.service import RPCError, RPCStatusCode
 
+from app.domain.steps import NEXT_STEPS, Step
 from app.order.models import OrderResult, order_workflow_id
 from app.shipping.models import shipping_workflow_id
-from app.steps import NEXT_STEPS, Step
 
 #: The payment's status that belongs to each state; None: no row at all.
 PAYMENT_OF: dict[Step, set[str | None]] = {

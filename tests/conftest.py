@@ -24,12 +24,12 @@ import asyncpg
 import httpx
 import pytest
 
-from app import db
-from app.http import create_app
+from app.api import create_app
+from app.db.pool import create_pool, migrate
 from app.local.postgres import USER, LocalPostgres
 from app.main import create
+from app.services import Services, open_services
 from app.settings import Settings
-from app.wiring import Services, open_services
 from tests import databases
 from tests.support import running_workers, serving, until
 
@@ -115,7 +115,7 @@ async def let_it_make_roles(server: LocalPostgres) -> None:
 async def template(servers: Servers) -> AsyncIterator[str]:
     """The name of a migrated database, to be copied."""
     async with databases.database(servers.admin_url) as url:
-        await asyncio.to_thread(db.migrate, url)
+        await asyncio.to_thread(migrate, url)
         await databases.grant(url)
         yield urlsplit(url).path.removeprefix("/")
 
@@ -162,7 +162,7 @@ def settings(servers: Servers, database_url: str) -> Settings:
 @pytest.fixture
 async def pool(settings: Settings) -> AsyncIterator[asyncpg.Pool]:
     """Connections to the test's database."""
-    async with db.create_pool(settings) as opened:
+    async with create_pool(settings) as opened:
         yield opened
 
 

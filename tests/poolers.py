@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pytest
 
 from app.local.privileges import account_for
-from app.local.processes import free_port, listens
+from app.local.process import free_port, listens
 from tests.support import until
 
 Mode = Literal["session", "transaction"]

@@ -30,9 +30,9 @@ import asyncpg
 import httpx
 import yaml
 
-from app.metrics import ORDERS_CLOSED, ORDERS_STARTED, PAYMENTS, RETRIES
+from app.domain.steps import FINAL_STEPS
 from app.payment.models import PaymentStatus
-from app.steps import FINAL_STEPS
+from app.telemetry.metrics import ORDERS_CLOSED, ORDERS_STARTED, PAYMENTS, RETRIES
 from dashboards.src.names import counter
 
 CHART: Final = Path(__file__).parents[1] / "charts" / "trellis"

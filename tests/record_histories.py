@@ -21,13 +21,14 @@ from temporalio.client import AsyncActivityHandle, WorkflowFailureError, Workflo
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import db, failpoints
+from app import failpoints
+from app.db.pool import migrate
+from app.domain.steps import Step
 from app.local.stack import LocalStack
 from app.order.models import Review, SignalPayload, Verdict
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.settings import Settings
 from app.shipping.models import Address
-from app.steps import Step
 from tests.shop import OFFICE, REFUSED, UNANSWERED, UNHEARD, Order, Shop, at_zip, open_shop
 from tests.support import reset, until
 
@@ -467,7 +468,7 @@ async def main(names: list[str]) -> None:
     """Record these scenarios, or all of them."""
     FOLDER.mkdir(exist_ok=True)
     async with LocalStack(durable=False) as stack:
-        await asyncio.to_thread(db.migrate, stack.database_url)
+        await asyncio.to_thread(migrate, stack.database_url)
         settings = Settings(**stack.settings_overrides(), metrics_port=0, sandbox=True)
         async with open_shop(settings.model_copy(update={"dispatch_attempts": 2})) as shop:
             for name in names or SCENARIOS:

@@ -22,7 +22,7 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import Client, WorkflowHandle
 
-from app import worker
+from app.domain.steps import Step
 from app.order.models import Event, OrderResult, StartOrder, order_workflow_id
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
@@ -31,14 +31,14 @@ from app.order.workflows import OrderWorkflow
 from app.payment.http_gateway import HttpPaymentGateway
 from app.sandbox.app import create_sandbox
 from app.sandbox.ledger import Ledger, Partner
-from app.sandbox.wire import Faults
+from app.sandbox.protocol import Faults
+from app.services import Services, open_services
 from app.settings import Settings
 from app.shipping.http_carrier import HttpCarrier
 from app.shipping.models import Address, shipping_workflow_id
 from app.shipping.worker import shipping_worker
-from app.steps import Step
-from app.wiring import Services, open_services
-from app.worker import WorkerPart
+from app.temporal import worker
+from app.temporal.worker import WorkerPart
 from tests import books, databases
 from tests.support import activities_of, until
 

@@ -18,10 +18,11 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import Client, WorkflowHandle
 
-from app import local_first, worker
 from app.order.worker import order_worker
+from app.services import Services
 from app.shipping.worker import shipping_worker
-from app.wiring import Services
+from app.temporal import worker
+from app.workflow import execution
 
 
 @asynccontextmanager
@@ -113,6 +114,6 @@ def activities_of(history: Iterable[HistoryEvent]) -> list[str]:
             found.append(json.loads(marker.details["data"].payloads[0].data)["activity_type"])
         elif event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
             scheduled = event.activity_task_scheduled_event_attributes
-            if local_first.handed_over(scheduled.activity_id)[1] is None:
+            if execution.handed_over(scheduled.activity_id)[1] is None:
                 found.append(scheduled.activity_type.name)
     return found

@@ -20,7 +20,10 @@ import asyncpg
 import pytest
 from temporalio.testing import ActivityEnvironment
 
-from app import db, events
+from app.db import timeline
+from app.db.pool import _prepare_connection
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import (
     CarrierUnavailable,
     IllegalTransition,
@@ -34,8 +37,6 @@ from app.errors import (
     TooLate,
     TrellisError,
 )
-from app.interceptors import translate
-from app.money import Money
 from app.order import repository as order_sql
 from app.order.activities import OrderActivities
 from app.order.models import AddressChange, CloseOrder, NoteRequest, OrderInput, StartOrder, address_digest
@@ -50,7 +51,7 @@ from app.shipping.activities import ShippingActivities
 from app.shipping.carrier import Handover
 from app.shipping.models import Address, Shipment
 from app.shipping.repository import ShipmentRepository
-from app.steps import Step
+from app.temporal.interceptors import translate
 from tests import databases
 
 if TYPE_CHECKING:
@@ -178,8 +179,8 @@ def named(query: str, args: tuple[Any, ...]) -> str | None:
         payment_sql._CHARGED: "payment CHARGED",
         payment_sql._FAILED: "payment FAILED",
         payment_sql._REFUNDED: "payment REFUNDED",
-        events._ENTER: f"enter {args[1]}" if len(args) > 1 else "",
-        events._RECORD: f"tell {args[1]}" if len(args) > 1 else "",
+        timeline._ENTER: f"enter {args[1]}" if len(args) > 1 else "",
+        timeline._RECORD: f"tell {args[1]}" if len(args) > 1 else "",
     }.get(query)
 
 
@@ -245,9 +246,9 @@ class MockedDatabase:
             payment_sql._CHARGED: self._settle("INIT", "CHARGED"),
             payment_sql._FAILED: self._settle("INIT", "FAILED"),
             payment_sql._REFUNDED: self._settle("CHARGED", "REFUNDED"),
-            events._ENTER: self._enter,
-            events._ENTERED_BEFORE: self._happened,
-            events._RECORD: self._record,
+            timeline._ENTER: self._enter,
+            timeline._ENTERED_BEFORE: self._happened,
+            timeline._RECORD: self._record,
             "SELECT state FROM orders WHERE id = $1": lambda order_id: self.rows.orders[order_id]["state"],
         }[query](*args)
 
@@ -424,9 +425,7 @@ def watched(steps: Steps) -> type[asyncpg.Connection]:
 
 @asynccontextmanager
 async def real_database(url: str, steps: Steps) -> AsyncIterator[RealDatabase]:
-    pool = asyncpg.create_pool(
-        url, min_size=0, max_size=20, init=db._prepare_connection, connection_class=watched(steps)
-    )
+    pool = asyncpg.create_pool(url, min_size=0, max_size=20, init=_prepare_connection, connection_class=watched(steps))
     async with asyncpg.create_pool(url, min_size=1, max_size=1) as onlooker, pool:
         yield RealDatabase(pool, onlooker)
 
@@ -876,8 +875,8 @@ async def test_refund_of_a_shipped_order_is_too_late(
     await database.put_order("o-1")
     await run(payments.charge, charge_of("o-1"))
     async with database.pool.acquire() as connection, connection.transaction():
-        await events.enter(connection, "o-1", Step.PREPARED)
-        await events.enter(connection, "o-1", Step.SHIPPED)
+        await timeline.enter(connection, "o-1", Step.PREPARED)
+        await timeline.enter(connection, "o-1", Step.SHIPPED)
     with pytest.raises(TooLate) as caught:
         await run(payments.refund, refund_of("o-1"))
     assert translate(caught.value).non_retryable
@@ -943,7 +942,7 @@ class Shop:
         path = [Step.CHARGING, Step.CHARGED, Step.PREPARED]
         for passed in path[: path.index(step) + 1] if step in path else []:
             async with self.database.pool.acquire() as connection, connection.transaction():
-                await events.enter(connection, order_id, passed)
+                await timeline.enter(connection, order_id, passed)
         return order
 
     async def row(self, order_id: str) -> asyncpg.Record:

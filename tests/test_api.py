@@ -25,10 +25,11 @@ from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import db
-from app.http import MAX_BODY_BYTES, MAX_FAULTS, create_app
+from app.api import MAX_BODY_BYTES, MAX_FAULTS, create_app
+from app.db.pool import migrate
+from app.domain.steps import Step
 from app.local.postgres import LocalPostgres
-from app.local.processes import free_port
+from app.local.process import free_port
 from app.local.temporal import LocalTemporal
 from app.main import create
 from app.order.bodies import ReviewBody, StartOrderBody
@@ -37,7 +38,6 @@ from app.order.models import NoteRequest, OrderInput, StartOrder, order_workflow
 from app.order.repository import OrderRepository
 from app.settings import Settings
 from app.shipping.models import AddressBody
-from app.steps import Step
 from tests.support import serving, until, until_step
 from tests.telemetry import environment, started, until_ready
 
@@ -1447,7 +1447,7 @@ async def test_postgresql_down_is_503_and_heals_by_itself(servers: Servers, tmp_
     await postgres.start()
     try:
         await postgres.ensure_database("trellis")
-        await asyncio.to_thread(db.migrate, postgres.url())
+        await asyncio.to_thread(migrate, postgres.url())
         settings = Settings(
             database_url=postgres.url(),
             temporal_address=servers.temporal_address,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import WorkflowUpdateStage
 
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import ReviewOutdated, TooLate
-from app.money import Money
 from app.order.models import Decided, Item, OrderView, Review, ReviewTask, Verdict, approval_digest
 from app.order.workflows import OrderWorkflow
 from app.shipping.models import Address
-from app.steps import Step
 from tests.shop import HOME, OFFICE, Order, Shop, at_zip, fresh_settings, open_shop, until
 
 

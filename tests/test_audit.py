@@ -14,7 +14,6 @@ import asyncpg
 import pytest
 from temporalio.common import WorkflowIDReusePolicy
 
-from app import db
 from app.audit.auditor import Auditor, Options, Sources
 from app.audit.models import MEANING, Kind, Movements, Page, Parcel, ParcelState, Report
 from app.audit.models import Movement as Moved
@@ -23,16 +22,17 @@ from app.audit.repository import TIMELINE_ROWS, BooksRepository
 from app.cli.audit import Partners, _exit_code, asked_of
 from app.cli.client import ExitCode
 from app.cli.edge import end_of
+from app.db.pool import _prepare_connection, create_pool
+from app.domain.steps import Step
 from app.errors import CarrierUnavailable, DatabaseUnavailable, InvalidRequest, PaymentUnavailable
 from app.order.models import CloseOrder
 from app.order.repository import OrderRepository
 from app.order.workflows import OrderWorkflow
 from app.payment.gateway import Receipt
 from app.payment.http_gateway import HttpPaymentGateway
+from app.services import Services
 from app.settings import Settings
 from app.shipping.http_carrier import HttpCarrier
-from app.steps import Step
-from app.wiring import Services
 from tests import databases
 from tests.bookkeeping import USD, OnlyMine, Shop, opened_shop
 from tests.many_orders import fill
@@ -387,7 +387,7 @@ async def test_no_statement_reads_more_than_a_batch(settings: Settings) -> None:
     asked: list[Any] = []
 
     async def prepare(connection: asyncpg.Connection) -> None:
-        await db._prepare_connection(connection)
+        await _prepare_connection(connection)
         connection.add_query_logger(asked.append)
 
     url = settings.database_url.get_secret_value()
@@ -424,7 +424,7 @@ def _rows(node: dict[str, Any]) -> Iterator[float]:
 
 async def test_a_read_has_the_time_limit_of_the_audit(settings: Settings) -> None:
     """And not the one of a request: the pool's."""
-    pool = db.create_pool(settings.model_copy(update={"database_statement_timeout": 0.3}))
+    pool = create_pool(settings.model_copy(update={"database_statement_timeout": 0.3}))
     async with pool, asyncpg.create_pool(settings.database_url.get_secret_value(), min_size=0) as other:
         async with other.acquire() as holder, holder.transaction():
             await holder.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")

@@ -14,7 +14,7 @@ from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.worker import UnsandboxedWorkflowRunner
 
-from app import policies
+from app.domain.steps import Step
 from app.errors import TooLate
 from app.order.models import ORDER_TASK_QUEUE, OrderInput, StartOrder, order_workflow_id
 from app.order.worker import order_worker
@@ -31,7 +31,7 @@ from app.shipping.models import (
 from app.shipping.repository import Parcel, ShipmentRepository
 from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
-from app.steps import Step
+from app.workflow import policies
 from tests.bookkeeping import USD
 from tests.record_histories import recall_ended_by_hand, recorded, shipment_cancelled, unheard
 from tests.shop import HOME, OFFICE, REFUSED, UNANSWERED, UNHEARD, Order, Shop, fresh_settings, open_shop, seconds
@@ -264,7 +264,7 @@ async def hasty(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Sh
         monkeypatch.setattr(policies, name, getattr(policies, name) | {"retry_policy": retry})
     monkeypatch.setattr(policies, "RECALL_SILENCES", 2)
     async with shop.closed():
-        monkeypatch.setattr("app.workflow_runner.runner", lambda **_: UnsandboxedWorkflowRunner())
+        monkeypatch.setattr("app.temporal.runner.runner", lambda **_: UnsandboxedWorkflowRunner())
     yield shop
     async with shop.closed():
         monkeypatch.undo()

@@ -28,7 +28,7 @@ from app.cli.client import CallFailed, ExitCode, ServerSent, answer, connect, se
 from app.cli.demo import percentile
 from app.cli.output import printable
 from app.cli.timeline import tell
-from app.local.processes import free_port
+from app.local.process import free_port
 from tests.support import until_step
 
 LIFE = ["received", "awaiting_review", "charging", "charged", "prepared", "shipped"]

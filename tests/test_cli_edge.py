@@ -17,7 +17,7 @@ import structlog
 from app import settings as settings_module
 from app.cli import edge, healthcheck
 from app.cli.main import run_command
-from app.local.processes import free_port
+from app.local.process import free_port
 from app.settings import misspelt
 from tests.conftest import Servers
 

@@ -19,12 +19,12 @@ import pytest
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client
 
-from app import db
+from app.db import pool as db
 from app.main import create
 from app.order.models import order_workflow_id
 from app.settings import Settings
 from app.shipping.models import shipping_workflow_id
-from app.temporal import connect
+from app.temporal.client import connect
 from tests.support import serving, until
 
 #: start → approve → shipped, through HTTP.

@@ -20,14 +20,17 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput
 
-from app import db, gauges, health, policies, supervision
+from app.api import create_app
+from app.db.pool import create_pool, is_refusal, is_unavailable, patience, wait_until_answering
+from app.db.timeline import AttemptLog
 from app.errors import DatabaseUnavailable
-from app.events import AttemptLog
-from app.http import create_app
-from app.interceptors import AttemptInterceptor
+from app.order import gauges
 from app.order.models import OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.settings import Settings
+from app.telemetry import probes, supervision
+from app.temporal.interceptors import AttemptInterceptor
+from app.workflow import policies
 from tests.support import serving, until
 
 #: Seconds that the tests here wait for a connection, and for a lock.
@@ -92,7 +95,7 @@ WAYS: dict[str, Callable[[asyncpg.Pool], Awaitable[Any]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_no_way_to_a_connection_waits_without_a_limit(impatient: Settings, way: str) -> None:
-    async with db.create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
+    async with create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
         async with pool.acquire():
             began = time.monotonic()
             with pytest.raises(DatabaseUnavailable, match="TimeoutError"):
@@ -113,7 +116,7 @@ async def test_connecting_may_take_longer_than_the_wait_for_a_free_connection(
         return await connect(*arguments, **options)
 
     monkeypatch.setattr(asyncpg, "connect", slow)
-    async with db.create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
+    async with create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
         connecting = asyncio.create_task(WAYS[way](pool))
         await asyncio.sleep(0)
         with pytest.raises(DatabaseUnavailable, match="TimeoutError"):
@@ -127,7 +130,7 @@ async def test_connecting_has_a_limit_of_its_own(impatient: Settings, monkeypatc
         await asyncio.sleep(60)
 
     monkeypatch.setattr(asyncpg, "connect", never)
-    async with db.create_pool(impatient.model_copy(update={"database_statement_timeout": IMPATIENT * 2})) as pool:
+    async with create_pool(impatient.model_copy(update={"database_statement_timeout": IMPATIENT * 2})) as pool:
         began = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match="TimeoutError"):
             await asyncio.wait_for(pool.fetch("SELECT 1"), 10)
@@ -135,9 +138,9 @@ async def test_connecting_has_a_limit_of_its_own(impatient: Settings, monkeypatc
 
 
 async def test_an_activity_waits_for_a_connection_longer_than_the_api(impatient: Settings) -> None:
-    async with db.create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
+    async with create_pool(impatient.model_copy(update={"database_pool_size": 1})) as pool:
         async with pool.acquire():
-            with db.patience(30):
+            with patience(30):
                 waiting = asyncio.create_task(pool.fetchval("SELECT 1"))
             await asyncio.sleep(IMPATIENT * 2)
             assert not waiting.done()
@@ -197,7 +200,7 @@ async def test_an_attempt_never_outlives_its_time_limit(settings: Settings, data
     environment.info = environment.info.__class__(
         **{**vars(environment.info), "start_to_close_timeout": limit, "attempt": 2}
     )
-    async with db.create_pool(patient) as pool:
+    async with create_pool(patient) as pool:
         await received(pool)
         around = AttemptInterceptor(AttemptLog(pool)).intercept_activity(_Hangs(pool))
         order = OrderInput(order_id="o-1", request=StartOrder(payment_id="pay-1"))
@@ -248,24 +251,24 @@ STATES = {
 def test_states_that_mean_not_now(state: str) -> None:
     error = asyncpg.PostgresError.new({"S": "ERROR", "C": state, "M": "x"})
     assert error.sqlstate == state
-    assert db.is_unavailable(error) is STATES[state]
+    assert is_unavailable(error) is STATES[state]
 
 
 def test_errors_of_the_driver_that_mean_not_now() -> None:
-    assert db.is_unavailable(asyncpg.InvalidCachedStatementError("cached plan must not change result type"))
-    assert db.is_unavailable(asyncpg.InterfaceError("connection is closed"))
-    assert db.is_unavailable(ConnectionResetError())
-    assert db.is_unavailable(TimeoutError())
+    assert is_unavailable(asyncpg.InvalidCachedStatementError("cached plan must not change result type"))
+    assert is_unavailable(asyncpg.InterfaceError("connection is closed"))
+    assert is_unavailable(ConnectionResetError())
+    assert is_unavailable(TimeoutError())
     # An argument that cannot be sent is no outage, though the driver has one class over both.
-    assert not db.is_unavailable(asyncpg.exceptions._base.DataError("invalid input for query argument $1"))
-    assert not db.is_unavailable(KeyError())
+    assert not is_unavailable(asyncpg.exceptions._base.DataError("invalid input for query argument $1"))
+    assert not is_unavailable(KeyError())
 
 
 async def test_whatever_happens_while_connecting_is_not_now(settings: Settings) -> None:
     async def fail(_connection: object) -> None:
         raise KeyError("anything")
 
-    async with db.create_pool(settings) as pool:
+    async with create_pool(settings) as pool:
         pool._init = fail
         with pytest.raises(DatabaseUnavailable, match="KeyError"):
             await pool.fetchval("SELECT 1")
@@ -298,7 +301,7 @@ async def test_a_lock_timeout_of_the_role_is_an_answer_of_503(
 async def test_the_lock_timeout_of_a_role_stays(settings: Settings, pool: asyncpg.Pool) -> None:
     assert await pool.fetchval("SHOW lock_timeout") == f"{settings.database_acquire_timeout:.0f}s"
     await set_for_role(pool, "lock_timeout", "123ms")
-    async with db.create_pool(settings) as another:
+    async with create_pool(settings) as another:
         assert await another.fetchval("SHOW lock_timeout") == "123ms"
 
 
@@ -307,7 +310,7 @@ async def test_transactions_that_stand_in_each_others_way_are_repeated_without_s
 ) -> None:
     await received(pool)
     await set_for_role(pool, "default_transaction_isolation", "serializable")
-    async with db.create_pool(settings) as strict:
+    async with create_pool(settings) as strict:
 
         async def one() -> None:
             async with strict.acquire() as connection, connection.transaction():
@@ -323,7 +326,7 @@ async def test_transactions_that_stand_in_each_others_way_are_repeated_without_s
 async def test_a_session_that_cannot_write_is_given_up(settings: Settings, pool: asyncpg.Pool) -> None:
     """As after a fail-over, when the connection still leads to the old server: it answers, and writes nothing."""
     await set_for_role(pool, "default_transaction_read_only", "on")
-    async with db.create_pool(settings.model_copy(update={"database_pool_size": 1})) as given:
+    async with create_pool(settings.model_copy(update={"database_pool_size": 1})) as given:
         write = "INSERT INTO orders (id, state) VALUES ('o-1', 'received')"
         with pytest.raises(DatabaseUnavailable, match="ReadOnlySQLTransactionError"):
             await given.execute(write)
@@ -344,12 +347,12 @@ async def test_no_check_of_readiness_can_break_the_answer() -> None:
     async def broken() -> None:
         raise KeyError("secret")
 
-    readiness = health.Readiness()
+    readiness = probes.Readiness()
     readiness.require("database", broken)
     with capture_logs() as logs:
         states = await readiness.states()
     assert states == {"database": "unexpected KeyError"}
-    assert health.answer(states).status_code == 503
+    assert probes.answer(states).status_code == 503
     assert [entry["event"] for entry in logs] == ["a check of readiness failed"]
 
 
@@ -374,12 +377,12 @@ async def test_gauges_outlast_whatever_goes_wrong(settings: Settings, monkeypatc
 async def test_a_database_that_refuses_is_waited_for_only_by_who_can(settings: Settings) -> None:
     right = urlsplit(settings.database_url.get_secret_value())
     wrong = urlunsplit(right._replace(netloc=right.netloc.replace(f":{right.password}@", ":wrong@")))
-    async with db.create_pool(settings.model_copy(update={"database_url": SecretStr(wrong)})) as pool:
+    async with create_pool(settings.model_copy(update={"database_url": SecretStr(wrong)})) as pool:
         with pytest.raises(DatabaseUnavailable) as refused:
-            await asyncio.wait_for(db.wait_until_answering(pool, through_refusals=False), 20)
-        assert db.is_refusal(refused.value)
+            await asyncio.wait_for(wait_until_answering(pool, through_refusals=False), 20)
+        assert is_refusal(refused.value)
         with capture_logs() as logs:
-            waiting = asyncio.create_task(db.wait_until_answering(pool))
+            waiting = asyncio.create_task(wait_until_answering(pool))
 
             async def said() -> bool:
                 return bool(logs)

@@ -16,8 +16,9 @@ from asyncpg.connect_utils import _parse_connect_arguments
 from psycopg import pq
 from pydantic import SecretStr
 
-from app import database_url, db
-from app.database_url import InvalidDatabaseUrl, read
+from app.db.pool import SCHEMA_VERSION, create_pool, libpq_connection, migrate, schema_version
+from app.domain import database_url
+from app.domain.database_url import InvalidDatabaseUrl, read
 from app.errors import DatabaseUnavailable, SettingsError
 from app.settings import Settings, load
 
@@ -170,19 +171,19 @@ async def test_no_other_variable_leads_a_driver_elsewhere(
     }
     for name, value in elsewhere.items():
         monkeypatch.setenv(name, value)
-    await asyncio.wait_for(asyncio.to_thread(db.migrate, empty_database_url), 60)
-    async with db.create_pool(Settings(database_url=empty_database_url)) as pool:
-        assert await db.schema_version(pool) == db.SCHEMA_VERSION
+    await asyncio.wait_for(asyncio.to_thread(migrate, empty_database_url), 60)
+    async with create_pool(Settings(database_url=empty_database_url)) as pool:
+        assert await schema_version(pool) == SCHEMA_VERSION
 
 
 async def test_what_a_url_says_reaches_the_session(database_url: str) -> None:
     """On both drivers; `migrate` by way of its own connection."""
     more = "&" if "?" in database_url else "?"
     said = f"{database_url}{more}options=-csearch_path%3Dshop%2Cpublic&application_name=shop&keepalives_idle=77"
-    async with db.create_pool(Settings(database_url=said)) as pool:
+    async with create_pool(Settings(database_url=said)) as pool:
         assert await pool.fetchval("SHOW search_path") == "shop,public"
         assert await pool.fetchval("SHOW application_name") == "shop"
-    with db.libpq_connection(said) as connection:
+    with libpq_connection(said) as connection:
         shown = [connection.execute(f"SHOW {name}").fetchone() for name in ("search_path", "application_name")]
         assert shown == [("shop,public",), ("shop",)]
 
@@ -269,12 +270,12 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def by_asyncpg(url: str) -> None:
-    async with db.create_pool(Settings(database_url=url)) as pool:
+    async with create_pool(Settings(database_url=url)) as pool:
         await pool.fetchval("SELECT 1")
 
 
 async def by_libpq(url: str) -> None:
-    await asyncio.to_thread(db.migrate, url)
+    await asyncio.to_thread(migrate, url)
 
 
 NO_CONNECTION = (DatabaseUnavailable, sqlalchemy.exc.OperationalError)

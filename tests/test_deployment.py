@@ -14,15 +14,15 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, ScheduleActionExecutionStartWorkflow
 from typer.testing import CliRunner
 
-from app import deployment
 from app.cli.main import app
-from app.deployment import NotPromoted, Promotion, versions
+from app.domain.steps import Step
 from app.errors import SettingsError
 from app.reconcile.models import ReconcileReport, ReconcileRequest
 from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.workflows import ReconcileWorkflow
 from app.settings import load
-from app.steps import Step
+from app.temporal import versions as deployment
+from app.temporal.versions import NotPromoted, Promotion, versions
 from tests.shop import Order, Shop, fresh_settings, open_shop
 from tests.support import until
 from tests.telemetry import environment, started

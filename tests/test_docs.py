@@ -11,10 +11,10 @@ import pytest
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from app.domain.steps import NEXT_STEPS, Step
+from app.http.problems import codes
 from app.order.models import OTHER_EVENTS, STEP_EVENTS
-from app.problems import codes
 from app.settings import Settings, variable
-from app.steps import NEXT_STEPS, Step
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,16 +21,19 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from app import db, docs_page, gauges, metrics, serving, worker
-from app.edge import Hosts
+from app.api import create_app
+from app.db import pool as db
 from app.errors import SettingsError, TooManyStreams
-from app.http import create_app
-from app.order import feed
+from app.http import docs_page, serving
+from app.http.edge import Hosts
+from app.order import feed, gauges
 from app.order.api import wants_stream
 from app.order.feed import EventFeed
 from app.order.models import Event, OrderPage
 from app.order.repository import OrderRepository
 from app.settings import Settings, load
+from app.telemetry import metrics
+from app.temporal import worker
 from tests.support import serving as running_app
 from tests.support import until, until_step
 from tests.telemetry import environment, free_port, started, until_ready

@@ -18,7 +18,7 @@ from temporalio.client import WorkflowHistory
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Replayer, WorkflowInstance, WorkflowInstanceDetails, WorkflowRunner
 
-from app import workflow_runner
+from app.domain.steps import Step
 from app.errors import OrderLost, ServiceUnavailable, TooLate, TooManyChanges, TrellisError
 from app.local.temporal import LocalTemporal
 from app.order import budget
@@ -28,7 +28,7 @@ from app.order.service import OrderService
 from app.order.workflows import MAX_ADDRESS_UPDATES, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
 from app.shipping.workflows import ShippingWorkflow
-from app.steps import Step
+from app.temporal import runner
 from tests.shop import HOME, OFFICE, Order, Shop, at_zip, fresh_settings, open_shop
 from tests.support import until
 
@@ -179,7 +179,7 @@ class _Stopwatch(WorkflowRunner):
 
     def __init__(self) -> None:
         self.longest = 0.0
-        self._inner = workflow_runner.runner()
+        self._inner = runner.runner()
 
     def prepare_workflow(self, defn: Any) -> None:
         self._inner.prepare_workflow(defn)

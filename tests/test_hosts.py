@@ -10,8 +10,8 @@ import time
 import httpx
 import pytest
 
-from app.hosts import bind, is_loopback
-from app.local.processes import free_port
+from app.domain.hosts import bind, is_loopback
+from app.local.process import free_port
 
 _API = """
 import sys, uvicorn

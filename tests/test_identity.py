@@ -16,18 +16,18 @@ from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.service import RPCError
 from typer.testing import CliRunner
 
+from app.api import create_app
 from app.audit.models import Kind
 from app.cli import edge
 from app.cli.main import app as cli
+from app.domain.steps import Step
 from app.errors import DatabaseUnavailable, WrongNamespace
-from app.http import create_app
-from app.identity import Identity, wait_until_ours
 from app.reconcile.models import ReconcileRequest
 from app.reconcile.worker import reconciler
+from app.services import Services, open_services
 from app.settings import Settings
-from app.steps import Step
-from app.temporal import is_namespace_missing, is_not_found
-from app.wiring import Services, open_services
+from app.temporal.client import is_namespace_missing, is_not_found
+from app.temporal.identity import Identity, wait_until_ours
 from tests.bookkeeping import Shop, opened_shop
 from tests.support import until
 
@@ -85,7 +85,7 @@ async def test_a_signal_needs_temporal_alone(services: Services, monkeypatch: py
     """The database that went away since is no reason to refuse an approval."""
     identity = Identity(services.pool, services.temporal)
     await identity.claim()
-    monkeypatch.setattr("app.identity._HOLDS", -1.0)
+    monkeypatch.setattr("app.temporal.identity._HOLDS", -1.0)
     await identity.require()
 
     async def gone() -> None:

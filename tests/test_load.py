@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from app.cli.load import REFUND, WEIGHTS, Plan
-from app.local.processes import free_port
+from app.local.process import free_port
 from tests.support import until
 
 #: `trellis load` without the commands that serve: loading those takes longer than what is tested here.

@@ -29,7 +29,7 @@ from app.cli.run import Options, run
 from app.local import privileges
 from app.local.postgres import DataUnusable, LocalPostgres, StopMode
 from app.local.privileges import Capability
-from app.local.processes import (
+from app.local.process import (
     Launch,
     LocalError,
     NotReady,

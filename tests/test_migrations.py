@@ -29,19 +29,20 @@ from alembic.util import CommandError
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from app import db, gauges
+from app.api import create_app
 from app.audit.auditor import Auditor, Sources
 from app.audit.repository import BooksRepository
+from app.db import pool as db
+from app.domain.steps import Step
 from app.errors import DatabaseUnavailable
-from app.http import create_app
 from app.local.postgres import LocalPostgres
-from app.local.processes import free_port
+from app.local.process import free_port
+from app.order import gauges
 from app.order.models import OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.reconcile.models import ReconcileRequest
 from app.reconcile.worker import reconciler
 from app.settings import Settings
-from app.steps import Step
 from tests import databases
 from tests.shop import HOME, OFFICE, REFUSED, open_shop
 from tests.support import serving, until
@@ -218,7 +219,7 @@ def lock_of_migrations() -> int:
 
 
 async def test_a_second_migration_waits_for_the_first(empty_database_url: str) -> None:
-    from app.migrations import __path__ as migrations
+    from app.db.migrations import __path__ as migrations
 
     # Not imported: as a script of Alembic it migrates at once.
     source = (Path(migrations[0]) / "env.py").read_text()
@@ -243,7 +244,7 @@ EXEMPT = {"0001_orders.py": "it makes the tables: nobody waits for what is not t
 
 #: What keeps others waiting, as a pattern; and what to do instead.
 CARELESS = {
-    r"\bop\.\w+\(": "use app.migrations.online, which gives up a lock and comes back",
+    r"\bop\.\w+\(": "use app.db.migrations.online, which gives up a lock and comes back",
     r"ADD\s+(COLUMN|CONSTRAINT)(?=[^;]*?\b(CHECK|REFERENCES|FOREIGN KEY)\b)(?![^;]*NOT VALID)": (
         "add_check, add_foreign_key"
     ),
@@ -260,7 +261,7 @@ def carelessness(source: str) -> list[str]:
 
 
 def test_no_migration_keeps_traffic_waiting() -> None:
-    from app.migrations import versions
+    from app.db.migrations import versions
 
     scripts = [path for path in Path(versions.__path__[0]).glob("*.py") if path.name != "__init__.py"]
     assert len(scripts) == len(revisions())

@@ -22,13 +22,13 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from app.cli.client import connect
+from app.domain.money import Money
 from app.errors import PaymentUnavailable, SettingsError
-from app.metrics import REGISTRY
-from app.money import Money
-from app.partners import MAX_ANSWER, check, open_partners
+from app.partners.clients import MAX_ANSWER, check, open_partners
 from app.payment.http_gateway import HttpPaymentGateway
+from app.services import open_services
 from app.settings import Settings, load
-from app.wiring import open_services
+from app.telemetry.metrics import REGISTRY
 from tests.support import serving, until
 from tests.telemetry import environment, free_port, http_collector, started, until_ready
 

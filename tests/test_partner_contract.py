@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
+from app.domain.money import Money
 from app.errors import CarrierUnavailable, PaymentConflict, PaymentDeclined, PaymentUnavailable, ShipmentRefused
-from app.money import Money
 from app.payment.gateway import PaymentGateway
 from app.payment.http_gateway import HttpPaymentGateway
 from app.sandbox.app import create_sandbox

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
+from app.domain.money import Money
 from app.errors import (
     CarrierUnavailable,
     PaymentConflict,
@@ -27,11 +28,10 @@ from app.errors import (
     ShipmentRefused,
     TrellisError,
 )
-from app.money import Money
 from app.payment.http_gateway import HttpPaymentGateway
 from app.sandbox.app import create_sandbox
 from app.sandbox.ledger import Ledger
-from app.sandbox.wire import Faults
+from app.sandbox.protocol import Faults
 from app.shipping.http_carrier import HttpCarrier
 from app.shipping.models import Address
 from tests.test_partner_contract import answering

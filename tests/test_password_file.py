@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app import db
+from app.db.pool import SCHEMA_VERSION, create_pool, migrate, reason
 from app.errors import DatabaseUnavailable, SettingsError
 from app.sandbox.ledger import Ledger
 from app.settings import Settings, load
@@ -27,13 +27,13 @@ async def test_a_password_changes_without_a_restart(
     monkeypatch.delenv("PGPASSWORD")
     file = tmp_path / "password"
     file.write_text("s3cret/@:\n")
-    revision = await asyncio.to_thread(db.migrate, guarded.url(guarded.owner), password_file=file)
-    assert revision == db.SCHEMA_VERSION
+    revision = await asyncio.to_thread(migrate, guarded.url(guarded.owner), password_file=file)
+    assert revision == SCHEMA_VERSION
     given = settings.model_copy(
         update={"database_url": SecretStr(guarded.url(guarded.app)), "database_password_file": file}
     )
     ledger = Ledger(guarded.url(guarded.app), password_file=file)
-    async with db.create_pool(given) as pool, ledger:
+    async with create_pool(given) as pool, ledger:
         await ledger.open()
         assert await pool.fetchval("SELECT 1") == 1
         admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{guarded.port}/postgres")
@@ -47,18 +47,18 @@ async def test_a_password_changes_without_a_restart(
         await pool.expire_connections()  # whether they have heard of their end or not
         with pytest.raises(DatabaseUnavailable) as refused:
             await pool.fetchval("SELECT 1")
-        assert "InvalidPasswordError" in db.reason(refused.value)
+        assert "InvalidPasswordError" in reason(refused.value)
         file.write_text("an other%one")
         assert await pool.fetchval("SELECT 1") == 1
         await ledger.close()  # a later call opens it again
         assert await ledger.charges_of("nobody") == []
-        assert await asyncio.to_thread(db.migrate, guarded.url(guarded.owner), password_file=file)
+        assert await asyncio.to_thread(migrate, guarded.url(guarded.owner), password_file=file)
         # For a moment there is none, as while it is replaced: "not now", and it is said where.
         file.unlink()
         await pool.expire_connections()
         with pytest.raises(DatabaseUnavailable) as missing:
             await pool.fetchval("SELECT 1")
-        assert str(file) in db.reason(missing.value)
+        assert str(file) in reason(missing.value)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from app import db, gauges, metrics
+from app.api import create_app
+from app.db.pool import SCHEMA_VERSION, create_pool, downgrade, migrate, reason
+from app.domain.steps import Step
 from app.errors import DatabaseUnavailable
-from app.http import create_app
+from app.order import gauges
 from app.settings import Settings
-from app.steps import Step
+from app.telemetry import metrics
 from tests import databases
 from tests import test_workflows_integration as orders
 from tests.poolers import MODES, PgBouncer, pgbouncer
@@ -132,17 +134,17 @@ async def trellis(env: Mapping[str, str], *command: str) -> tuple[int | None, st
 
 
 async def test_a_pooler_is_seen_and_what_is_prepared_is_not_kept(settings: Settings, pooler: PgBouncer) -> None:
-    async with db.create_pool(settings) as direct:
+    async with create_pool(settings) as direct:
         assert await prepared(direct) > 0
     with capture_logs() as logs:
-        async with db.create_pool(through(pooler, settings)) as pool:
+        async with create_pool(through(pooler, settings)) as pool:
             assert await prepared(pool) == 0
             assert await pool.fetchval("SELECT setting::int FROM pg_settings WHERE name = 'lock_timeout'") == 0
             seen = [line["event"] for line in logs]
     assert len(seen) == 1, "once, however many connections there are"
     assert "TRELLIS_DATABASE_POOLER" in seen[0]
     for mode, kept in (("session", True), ("transaction", False)):
-        async with db.create_pool(settings.model_copy(update={"database_pooler": mode})) as pool:
+        async with create_pool(settings.model_copy(update={"database_pooler": mode})) as pool:
             assert (await prepared(pool) > 0) is kept, mode
 
 
@@ -158,14 +160,14 @@ async def prepared(pool: asyncpg.Pool) -> int:
 async def test_what_was_set_wrongly_is_said_and_is_no_fault(settings: Settings, transactions: PgBouncer) -> None:
     """`session` for a pooler in transaction mode: calls are answered 503 and may be repeated, and it is said why."""
     given = through(transactions, settings, database_pooler="session")
-    async with db.create_pool(given) as pool:
+    async with create_pool(given) as pool:
         raised: list[BaseException] = []
         for _ in range(10):
             answers = await asyncio.gather(*(mixed(pool) for _ in range(8)), return_exceptions=True)
             raised += [answer for answer in answers if isinstance(answer, BaseException)]
         assert raised
         assert {type(error) for error in raised} == {DatabaseUnavailable}
-        assert "set TRELLIS_DATABASE_POOLER=transaction" in db.reason(raised[0])
+        assert "set TRELLIS_DATABASE_POOLER=transaction" in reason(raised[0])
 
 
 async def mixed(pool: asyncpg.Pool) -> None:
@@ -179,8 +181,8 @@ async def test_a_pooler_that_hides_is_found_by_what_it_mixes_up(
     async def always(_: object) -> bool:
         return True
 
-    monkeypatch.setattr("app.pooler._is_direct", always)
-    async with db.create_pool(through(transactions, settings)) as pool:
+    monkeypatch.setattr("app.db.pooler._is_direct", always)
+    async with create_pool(through(transactions, settings)) as pool:
         await asyncio.gather(*(mixed(pool) for _ in range(8)), return_exceptions=True)
         for _ in range(20):
             failed = [
@@ -210,7 +212,7 @@ async def test_ten_migrations_at_once_end(servers: Servers, pooler: PgBouncer) -
     async with databases.database(servers.admin_url) as url:
         env = {**os.environ, "TRELLIS_DATABASE_URL": pooler.url(url)}
         ends = await asyncio.gather(*(trellis(env, "migrate") for _ in range(10)))
-        assert [(code, printed) for code, printed, _ in ends] == [(0, f"the schema is at {db.SCHEMA_VERSION}\n")] * 10
+        assert [(code, printed) for code, printed, _ in ends] == [(0, f"the schema is at {SCHEMA_VERSION}\n")] * 10
         assert await advisory_locks(url) == 0
 
 
@@ -218,8 +220,8 @@ async def test_a_migration_that_was_killed_leaves_no_lock(servers: Servers, pool
     async with databases.database(servers.admin_url) as url:
         holder = await asyncpg.connect(url)
         try:
-            await asyncio.to_thread(db.migrate, url)
-            await asyncio.to_thread(db.downgrade, url, "0002")
+            await asyncio.to_thread(migrate, url)
+            await asyncio.to_thread(downgrade, url, "0002")
             async with holder.transaction():
                 # What the migration waits for, with its lock taken.
                 await holder.execute("LOCK TABLE orders IN SHARE MODE")
@@ -237,7 +239,7 @@ async def test_a_migration_that_was_killed_leaves_no_lock(servers: Servers, pool
                 await until(free, "the lock to be free")
         finally:
             await holder.close()
-        assert await asyncio.to_thread(db.migrate, pooler.url(url), lock_wait=20) == db.SCHEMA_VERSION
+        assert await asyncio.to_thread(migrate, pooler.url(url), lock_wait=20) == SCHEMA_VERSION
 
 
 async def advisory_locks(url: str) -> int:
@@ -261,7 +263,7 @@ async def test_who_holds_the_lock_is_said_through_a_pooler(servers: Servers, poo
             await holder.execute("SELECT pg_advisory_lock($1)", lock_of_migrations())
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c"),
-                "from app.cli import edge, main; import app.db as d, functools; "
+                "from app.cli import edge, main; import app.db.pool as d, functools; "
                 "d.migrate = functools.partial(d.migrate, lock_wait=1); main.main()",
                 "migrate",
                 env={**os.environ, "TRELLIS_DATABASE_URL": pooler.url(url)},
@@ -277,13 +279,13 @@ async def test_who_holds_the_lock_is_said_through_a_pooler(servers: Servers, poo
 async def test_a_migration_whose_lock_was_lost_is_not_written_down(servers: Servers, transactions: PgBouncer) -> None:
     """A pooler that ends idle transactions, while the migration waits for a table."""
     async with databases.database(servers.admin_url) as url:
-        await asyncio.to_thread(db.migrate, url)
-        await asyncio.to_thread(db.downgrade, url, "0002")
+        await asyncio.to_thread(migrate, url)
+        await asyncio.to_thread(downgrade, url, "0002")
         holder, admin = await asyncpg.connect(url), await asyncpg.connect(url)
         try:
             async with holder.transaction():
                 await holder.execute("LOCK TABLE orders IN SHARE MODE")
-                migrating = asyncio.create_task(asyncio.to_thread(db.migrate, transactions.url(url)))
+                migrating = asyncio.create_task(asyncio.to_thread(migrate, transactions.url(url)))
                 await until(lambda: advisory_locks(url), "the migration to begin")
                 await admin.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = "
@@ -295,13 +297,13 @@ async def test_a_migration_whose_lock_was_lost_is_not_written_down(servers: Serv
         finally:
             await holder.close()
             await admin.close()
-        assert await asyncio.to_thread(db.migrate, transactions.url(url)) == db.SCHEMA_VERSION
+        assert await asyncio.to_thread(migrate, transactions.url(url)) == SCHEMA_VERSION
 
 
 async def test_a_migration_leaves_nothing_behind_in_a_session(servers: Servers, transactions: PgBouncer) -> None:
     """Sessions of the pooler go to others afterwards."""
     async with databases.database(servers.admin_url) as url:
-        await asyncio.to_thread(db.migrate, transactions.url(url))
+        await asyncio.to_thread(migrate, transactions.url(url))
         connections = [await asyncpg.connect(transactions.url(url), statement_cache_size=0) for _ in range(2)]
         try:
             for connection in connections:
@@ -325,7 +327,7 @@ async def test_one_process_reads_the_gauges_through_a_pooler(
     monkeypatch.setattr(gauges, "INTERVAL", 0.05)
     given = through(pooler, settings)
     for orders_in_all in (1, 2):
-        async with db.create_pool(settings) as pool:
+        async with create_pool(settings) as pool:
             await pool.execute("INSERT INTO orders (id, state) VALUES ($1, 'received')", uuid.uuid4().hex)
         metrics.ORDER_GAUGES.clear()
         reading = asyncio.create_task(gauges._read_as(uuid.uuid4().hex, given))

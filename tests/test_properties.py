@@ -35,9 +35,9 @@ from temporalio.common import RetryPolicy
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner
 
-from app import policies
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import CarrierUnavailable, PaymentDeclined, PaymentUnavailable, ShipmentRefused
-from app.money import Money
 from app.order.activities import OrderActivities
 from app.order.models import Decided, Review, SignalPayload, StartOrder, Verdict
 from app.order.repository import OrderRepository
@@ -49,8 +49,8 @@ from app.shipping.activities import ShippingActivities
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
 from app.shipping.repository import ShipmentRepository
-from app.steps import Step
-from app.worker import WorkerPart
+from app.temporal.worker import WorkerPart
+from app.workflow import policies
 from tests import books
 from tests.shop import HOME, OFFICE, PATIENCE, Order, Shop, fresh_settings, open_shop, until
 
@@ -497,7 +497,7 @@ def _soon() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATABASE", "PAYMENT", "DISPATCH", "RECALL"):
             patch.setattr(policies, name, hurried(getattr(policies, name)))
-        patch.setattr("app.workflow_runner.runner", lambda **_: UnsandboxedWorkflowRunner())
+        patch.setattr("app.temporal.runner.runner", lambda **_: UnsandboxedWorkflowRunner())
         patch.setattr(policies, "RECALL_SILENCES", RECALL_ATTEMPTS)
         yield
 

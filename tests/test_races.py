@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from temporalio.service import RPCError, RPCStatusCode
 
+from app.domain.steps import Step
 from app.errors import OrderNotFound, ServiceUnavailable, TooLate
 from app.order.models import Decided, Review, Verdict
-from app.steps import Step
-from app.temporal import is_unavailable
+from app.temporal.client import is_unavailable
 from tests import books
 from tests.shop import HOME, Order, Shop, at_zip, fresh_settings, open_shop
 

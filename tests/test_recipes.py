@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from app import db
+from app.db.pool import SCHEMA_VERSION
 from app.sandbox.app import create_sandbox
 from app.sandbox.ledger import Ledger
 from tests.conftest import Servers
@@ -30,8 +30,8 @@ def recipe(title: str) -> list[tuple[str, str, str]]:
     # The recipe is written for the newest migration of its time.
     newest = re.findall(r'^-SCHEMA_VERSION: Final = "(\d+)"$', part, re.MULTILINE)
     if newest:
-        following = f"{int(db.SCHEMA_VERSION) + 1:04}"
-        part = part.replace(f"{int(newest[0]) + 1:04}", "NEXT").replace(newest[0], db.SCHEMA_VERSION)
+        following = f"{int(SCHEMA_VERSION) + 1:04}"
+        part = part.replace(f"{int(newest[0]) + 1:04}", "NEXT").replace(newest[0], SCHEMA_VERSION)
         part = part.replace("NEXT", following)
     return [(kind, file, text) for kind, file, text in BLOCK.findall(part)]
 

@@ -21,15 +21,17 @@ from temporalio.client import (
     WorkflowHandle,
 )
 
-from app import events, failpoints, metrics
+from app import failpoints
 from app.audit.auditor import Auditor, Options, Sources
 from app.audit.executions import Executions, Fate
 from app.audit.models import Kind
 from app.audit.repository import BooksRepository
 from app.cli.client import ExitCode
 from app.cli.reconcile import _exit_code
+from app.db import timeline
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import IllegalTransition, InvalidRequest, PaymentUnavailable, ShipmentRefused
-from app.money import Money
 from app.order.models import CloseOrder, OrderInput, StartOrder
 from app.order.workflows import OrderWorkflow
 from app.payment.activities import PaymentActivities
@@ -43,11 +45,11 @@ from app.reconcile.repository import Left, LeftBehind
 from app.reconcile.schedule import drop_schedule, keep_schedule
 from app.reconcile.worker import reconciler
 from app.reconcile.workflows import ReconcileWorkflow
+from app.services import Services
 from app.settings import Settings
 from app.shipping.models import Address, Shipment, ShippingOutcome
 from app.shipping.repository import ShipmentRepository
-from app.steps import Step
-from app.wiring import Services
+from app.telemetry import metrics
 from tests.bookkeeping import USD, Shop, opened_shop
 from tests.shop import REFUSED, UNANSWERED, Order, open_shop
 from tests.support import until
@@ -364,14 +366,14 @@ async def test_a_charge_that_is_written_down_at_the_same_moment_wins_over_the_cl
     """The close waits for the row, and must not go by what it saw before it waited."""
     await at(shop, broken, "charging")
     async with shop.pool.acquire() as connection, connection.transaction():
-        await events.lock(connection, broken.id)
+        await timeline.lock(connection, broken.id)
         close = asyncio.create_task(
             shop.orders.close(CloseOrder(order_id=broken.id, step=Step.CANCELLED, reason="test"))
         )
         await until(lambda: shop.pool.fetchval(_WAITS), "the close to wait")
         receipt = await broken.services.gateway.charge(broken.charge.payment_id, USD)
         await mark_charged(connection, broken.charge.payment_id, receipt)
-        await events.enter(connection, broken.id, Step.CHARGED)
+        await timeline.enter(connection, broken.id, Step.CHARGED)
     with pytest.raises(IllegalTransition):
         await close
     assert (await broken.step(), await broken.payment()) == ("charged", "CHARGED")

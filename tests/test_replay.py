@@ -23,11 +23,11 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 from temporalio.workflow import NondeterminismError
 
+from app.domain.steps import Step
 from app.order.models import OrderInput, OrderResult
 from app.order.workflows import OrderWorkflow
 from app.shipping.models import ShippingInput, ShippingResult
 from app.shipping.workflows import ShippingWorkflow
-from app.steps import Step
 from tests.alerts.careless import ValidatedTwice
 from tests.record_histories import EARLIER, FOLDER, SCENARIOS
 from tests.shop import OFFICE, REFUSED, UNANSWERED, Shop, fresh_settings, open_shop

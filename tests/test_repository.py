@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
-from app import events
+from app.db import timeline as events
+from app.db.timeline import Attempt, AttemptLog
+from app.domain.money import Money
+from app.domain.steps import FINAL_STEPS, NEXT_STEPS, Step
 from app.errors import IllegalTransition, InvalidRequest, OrderNotFound, OrderRejected, PaymentConflict, TrellisError
-from app.events import Attempt, AttemptLog
-from app.money import Money
 from app.order import repository as order_sql
 from app.order.models import AddressChange, CloseOrder, Item, NoteRequest, OrderInput, StartOrder
 from app.order.repository import OrderRepository
@@ -34,7 +35,6 @@ from app.shipping import repository as shipping_sql
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
 from app.shipping.repository import ShipmentRepository
-from app.steps import FINAL_STEPS, NEXT_STEPS, Step
 from tests import databases
 
 if TYPE_CHECKING:

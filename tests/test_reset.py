@@ -16,7 +16,7 @@ import pytest
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import WorkflowExecutionStatus, WorkflowHandle
 
-from app.steps import Step
+from app.domain.steps import Step
 from tests.shop import REFUSED, UNANSWERED, Order, Shop, fresh_settings, open_shop
 from tests.support import reset, until
 

@@ -17,7 +17,7 @@ import asyncpg
 import httpx
 import pytest
 
-from app.local.processes import free_port
+from app.local.process import free_port
 from tests.support import until_step
 
 ADDRESS = {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}

@@ -15,8 +15,8 @@ import pytest
 
 from app.sandbox.app import create_sandbox
 from app.sandbox.ledger import Answer, Ledger, Movement, prepare
+from app.sandbox.protocol import Faults, ReplyLost
 from app.sandbox.provider import MovementRequest
-from app.sandbox.wire import Faults, ReplyLost
 
 FAULTS = Faults(flaky_failures=2, slow_seconds=0.8, down_seconds=0.4)
 

@@ -11,9 +11,11 @@ import asyncpg
 import httpx
 import pytest
 
-from app import db, gauges, health, metrics
-from app.health import Readiness
+from app.db.pool import create_pool
+from app.order import gauges
 from app.settings import Settings
+from app.telemetry import metrics, probes
+from app.telemetry.probes import Readiness
 from tests import databases
 from tests.telemetry import environment, eventually, free_port, started, until_ready
 
@@ -70,8 +72,8 @@ async def test_a_worker_without_its_servers_is_live_and_says_what_it_waits_for(
 async def test_a_taken_port_is_named(settings: Settings) -> None:
     async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as server:
         taken = settings.model_copy(update={"metrics_port": server.sockets[0].getsockname()[1]})
-        serving = health.serving(taken, Readiness())
-        with pytest.raises(health.MetricsPortTaken, match="TRELLIS_METRICS_PORT"):
+        serving = probes.serving(taken, Readiness())
+        with pytest.raises(probes.MetricsPortTaken, match="TRELLIS_METRICS_PORT"):
             await serving.__aenter__()
 
 
@@ -81,11 +83,11 @@ async def test_a_check_that_hangs_is_a_reason() -> None:
 
     readiness = Readiness()
     readiness.require("something", never)
-    health._CHECK_SECONDS, before = 0.05, health._CHECK_SECONDS  # type: ignore[misc]
+    probes._CHECK_SECONDS, before = 0.05, probes._CHECK_SECONDS  # type: ignore[misc]
     try:
         assert await readiness.states() == {"something": "TimeoutError: no answer in time"}
     finally:
-        health._CHECK_SECONDS = before  # type: ignore[misc]
+        probes._CHECK_SECONDS = before  # type: ignore[misc]
 
 
 # --- the SDK's page in the newer format
@@ -97,7 +99,7 @@ def test_the_sdks_page_is_translated() -> None:
         'temporal_request_total{operation="x"} 3\n\n'
         '# TYPE temporal_num_pollers gauge\ntemporal_num_pollers{a="b"} 5\n'
     )
-    assert health.as_openmetrics(page) == (
+    assert probes.as_openmetrics(page) == (
         "# HELP temporal_request Calls\n# TYPE temporal_request counter\n"
         'temporal_request_total{operation="x"} 3\n'
         '# TYPE temporal_num_pollers gauge\ntemporal_num_pollers{a="b"} 5\n'
@@ -197,7 +199,7 @@ async def test_waiting_for_a_connection_shows(settings: Settings) -> None:
             sample.value for family in metrics._pools.collect() for sample in family.samples if "wait" in sample.name
         )
 
-    async with db.create_pool(settings.model_copy(update={"database_pool_size": 1})) as small:
+    async with create_pool(settings.model_copy(update={"database_pool_size": 1})) as small:
         async with small.acquire():
             waiting = asyncio.create_task(small.fetchval("SELECT 1"))
             await asyncio.sleep(0.1)

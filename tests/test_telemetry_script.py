@@ -22,7 +22,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import db
+from app.db.pool import create_pool
 from app.settings import Settings
 from tests.conftest import Servers
 from tests.support import until_step
@@ -227,7 +227,7 @@ async def _script(run: Run) -> None:
 
 
 async def _until_dispatching(run: Run, order_id: str) -> None:
-    async with db.create_pool(run.settings) as pool:
+    async with create_pool(run.settings) as pool:
         query = "SELECT dispatch_started_at IS NOT NULL FROM orders WHERE id = $1"
         await eventually(lambda: pool.fetchval(query, order_id), 30)
 
@@ -242,7 +242,7 @@ async def _stuck(run: Run) -> None:
     await run.signal(lost, "approve")
     await run.until(lost, "prepared")
     await run.until(due, "awaiting_review")
-    async with db.create_pool(run.settings) as pool:
+    async with create_pool(run.settings) as pool:
         await pool.execute("UPDATE orders SET state_since = state_since - interval '1 hour' WHERE id = $1", due)
         await pool.execute("DELETE FROM sandbox.charges WHERE payment LIKE '%-lost'")
         failing = "SELECT count(*) > 0 FROM events WHERE order_id = $1 AND payload_json ->> 'error_type' = $2"

@@ -17,7 +17,7 @@ import pytest
 
 from app.failpoints import EXIT_CODE
 from app.settings import Settings
-from app.tracing import ALLOWED
+from app.telemetry.traces import ALLOWED
 from tests.support import until_step
 from tests.telemetry import (
     Collector,

@@ -15,12 +15,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from app import metrics, telemetry, tracing
+from app.api import CanonicalLog
 from app.errors import PaymentUnavailable, TrellisError
-from app.http import CanonicalLog
-from app.interceptors import translate
 from app.settings import Settings
-from app.traceview import line
+from app.telemetry import logs, metrics, traces
+from app.telemetry.spans import line
+from app.temporal.interceptors import translate
 
 SECRET = "Quillfeather"
 
@@ -32,7 +32,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     handlers, level = root.handlers[:], root.level
     output = io.StringIO()
     monkeypatch.setattr("sys.stderr", output)
-    telemetry.configure_logging(Settings(log_format="json"))
+    logs.configure_logging(Settings(log_format="json"))
     structlog.configure(cache_logger_on_first_use=False)
     yield output
     root.handlers[:] = handlers
@@ -100,7 +100,7 @@ def test_the_sdks_facts_become_fields(logged: io.StringIO) -> None:
 def test_a_span_keeps_what_is_allowed_and_an_error_its_type() -> None:
     kept = InMemorySpanExporter()
     provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(tracing.Redacting(kept)))
+    provider.add_span_processor(SimpleSpanProcessor(traces.Redacting(kept)))
     tracer = provider.get_tracer("test")
     span = tracer.start_span("x", kind=SpanKind.SERVER)
     span.set_attributes({"order.id": "o-1", "url.query": SECRET, "url.full": SECRET, "error.type": "ValueError"})
@@ -117,7 +117,7 @@ def test_a_span_keeps_what_is_allowed_and_an_error_its_type() -> None:
 def test_a_statement_without_a_story_is_left_out() -> None:
     kept = InMemorySpanExporter()
     provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(tracing.Redacting(kept)))
+    provider.add_span_processor(SimpleSpanProcessor(traces.Redacting(kept)))
     tracer = provider.get_tracer("test")
     with tracer.start_as_current_span("probe", attributes={"db.query.text": "SELECT 1"}):
         pass

@@ -12,13 +12,14 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import temporal, worker
-from app.local.processes import free_port
+from app.local.process import free_port
 from app.order.worker import order_worker
+from app.services import open_services
 from app.settings import Settings
 from app.shipping.worker import shipping_worker
-from app.temporal import is_unavailable
-from app.wiring import open_services
+from app.temporal import client as temporal
+from app.temporal import worker
+from app.temporal.client import is_unavailable
 from tests.faults.proxy import Proxy
 from tests.support import until
 

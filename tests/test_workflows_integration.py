@@ -26,6 +26,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 
 from app import failpoints
+from app.domain.steps import Step
 from app.errors import TooLate
 from app.order.activities import OrderActivities
 from app.order.models import (
@@ -43,7 +44,6 @@ from app.order.repository import OrderRepository
 from app.order.service import OrderService
 from app.order.workflows import MAX_ADDRESS_SIGNALS, MAX_NOTES, OrderWorkflow
 from app.shipping.models import Address
-from app.steps import Step
 from tests.record_histories import cancelled_before_shipment
 from tests.shop import (
     HOME,

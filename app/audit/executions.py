@@ -12,7 +12,7 @@ from temporalio.service import RPCError
 
 from app.order.models import OrderInput, order_workflow_id
 from app.shipping.models import shipping_workflow_id
-from app.temporal import is_not_found
+from app.temporal.client import is_not_found
 
 if TYPE_CHECKING:
     from temporalio.client import Client

@@ -9,9 +9,9 @@ from typing import Final
 
 from pydantic import BaseModel, Field
 
-from app.money import Money
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.payment.models import PaymentStatus
-from app.steps import Step
 
 
 class Kind(StrEnum):

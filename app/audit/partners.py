@@ -9,8 +9,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from app.audit.models import Movement, Movements, Parcel, ParcelState
+from app.domain.money import Money
 from app.errors import CarrierUnavailable, InvalidRequest, PaymentUnavailable
-from app.money import Money
 
 if TYPE_CHECKING:
     from app.payment.gateway import PaymentGateway, Receipt

@@ -12,14 +12,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from app.audit.models import OrderBooks, Page, PaymentRow, StepEvent
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import DatabaseUnavailable
-from app.money import Money
-from app.steps import Step
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from app.db import Connection
+    from app.db.pool import Connection
 
     _Rows = list[asyncpg.Record]
 

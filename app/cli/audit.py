@@ -16,8 +16,8 @@ from app.cli.client import AsJson, ExitCode
 if TYPE_CHECKING:
     from app.audit.auditor import Options, Sources
     from app.audit.models import Report
+    from app.services import Services
     from app.settings import Settings
-    from app.wiring import Services
 
 
 class Partners(StrEnum):
@@ -77,7 +77,7 @@ def audit(
 async def _audit(settings: Settings, partners: Partners, temporal: bool, options: Options, timeout: float) -> Report:
     from app.audit.auditor import Auditor
     from app.audit.repository import BooksRepository
-    from app.wiring import open_services
+    from app.services import open_services
 
     output.log_to_stderr(settings)
     async with open_services(settings) as services:
@@ -90,7 +90,7 @@ async def _audit(settings: Settings, partners: Partners, temporal: bool, options
 async def _require_own(services: Services) -> None:
     from temporalio.service import RPCError
 
-    from app.identity import Identity
+    from app.temporal.identity import Identity
 
     # A Temporal that does not answer makes the audit incomplete, and the report says so.
     with contextlib.suppress(RPCError, RuntimeError):

@@ -81,7 +81,7 @@ def connect(url: str, *, timeout: float = TIMEOUT, quiet: bool = False) -> Itera
 def trusts_environment(url: str) -> bool:
     """Whether proxies and certificates that the environment names apply: not on this machine, where no proxy knows the
     way to, and what listens is most likely ours."""
-    from app.database_url import is_local
+    from app.domain.database_url import is_local
 
     try:
         return not is_local((urlsplit(url).hostname or "").lower())

@@ -28,7 +28,7 @@ from app.cli.client import (
     trusts_environment,
     unanswered,
 )
-from app.steps import Step
+from app.domain.steps import Step
 
 if TYPE_CHECKING:
     import httpx  # and where it is used: `--help` need not wait for it

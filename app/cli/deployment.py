@@ -11,8 +11,8 @@ from app.cli import output
 from app.cli.client import AsJson, ExitCode
 
 if TYPE_CHECKING:
-    from app.deployment import Promotion, Version
     from app.settings import Settings
+    from app.temporal.versions import Promotion, Version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +39,8 @@ def promote(
     Exit codes: 0 it is current; 2 wrong usage; 4 it could not be made so in time, or Temporal did not
     answer or refuses.
     """
-    from app.deployment import Promotion
     from app.settings import load
+    from app.temporal.versions import Promotion
 
     settings = load()
     output.log_to_stderr(settings)
@@ -79,19 +79,19 @@ def show(name: Name = None, as_json: AsJson = False) -> None:
 
 
 async def _carry_out(settings: Settings, promotion: Promotion, timeout: float) -> None:
-    from app import temporal
+    from app.temporal.client import connect
 
-    client = await temporal.connect(settings)
+    client = await connect(settings)
     await promotion.carry_out(client, timeout=timeout, say=output.remark)
 
 
 async def _versions(settings: Settings, name: str) -> list[Version]:
     from temporalio.service import RPCError, RPCStatusCode
 
-    from app import temporal
-    from app.deployment import versions
+    from app.temporal.client import connect
+    from app.temporal.versions import versions
 
-    client = await temporal.connect(settings)
+    client = await connect(settings)
     try:
         return await versions(client, name)
     except RPCError as error:

@@ -61,9 +61,9 @@ def _of_the_servers(error: Exception) -> End | None:
         cause = getattr(error, "orig", None) or error
         return End(f"the migration failed: {_first_line(cause)}", ExitCode.UNAVAILABLE)
     if origin == "asyncpg" or isinstance(error, DatabaseUnavailable):
-        from app import db
+        from app.db.pool import reason
 
-        return End(f"PostgreSQL at TRELLIS_DATABASE_URL: {db.reason(error)}", ExitCode.UNAVAILABLE)
+        return End(f"PostgreSQL at TRELLIS_DATABASE_URL: {reason(error)}", ExitCode.UNAVAILABLE)
     if origin == "temporalio" or (isinstance(error, RuntimeError) and str(error).startswith(_OF_TEMPORAL)):
         status = getattr(getattr(error, "status", None), "name", "")
         words = ": ".join(filter(None, (status, _first_line(error))))

@@ -18,7 +18,7 @@ import typer
 from app.cli import output
 from app.cli.client import DEFAULT_URL, TIMEOUT, AsJson, ExitCode, Url, connect, trusts_environment
 from app.cli.demo import MIX, SHIP, Drive, Driver, Report, Scenario, duration, percentile, tell_of
-from app.steps import Step
+from app.domain.steps import Step
 
 if TYPE_CHECKING:
     import httpx  # and where it is used: `--help` need not wait for it

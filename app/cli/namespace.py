@@ -13,8 +13,8 @@ from app.cli import output
 from app.cli.client import ExitCode
 
 if TYPE_CHECKING:
-    from app.identity import Identity
     from app.settings import Settings
+    from app.temporal.identity import Identity
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ async def _bind(identity: Identity) -> str:
 def _carried_out(act: Callable[[Identity], Awaitable[T]]) -> T:
     from temporalio.service import RPCError
 
-    from app import db
+    from app.db.pool import UNAVAILABLE
     from app.settings import load
 
     async def run() -> T:
@@ -76,15 +76,15 @@ def _carried_out(act: Callable[[Identity], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(run())
-    except (RPCError, RuntimeError, *db.UNAVAILABLE) as error:
+    except (RPCError, RuntimeError, *UNAVAILABLE) as error:
         typer.echo(f"trellis: PostgreSQL or Temporal did not answer ({type(error).__name__})", err=True)
         raise typer.Exit(ExitCode.UNAVAILABLE) from None
 
 
 @asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[Identity]:
-    from app.identity import Identity
-    from app.wiring import open_services
+    from app.services import open_services
+    from app.temporal.identity import Identity
 
     output.log_to_stderr(settings)
     async with open_services(settings) as services:

@@ -12,7 +12,7 @@ import typer
 
 from app.cli import output
 from app.cli.client import DEFAULT_URL, EXIT_CODES, Api, AsJson, ExitCode, Url, connect, order_path
-from app.steps import Step
+from app.domain.steps import Step
 
 if TYPE_CHECKING:
     # The models take a while to load, and `--help` and `--json` do without.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from app.steps import FINAL_STEPS, Step
+from app.domain.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
     from app.settings import Settings

@@ -71,17 +71,17 @@ def reconcile(
 
 async def _reconcile(settings: Settings, request: ReconcileRequest) -> ReconcileReport:
     from app.reconcile.worker import reconciler
-    from app.wiring import open_services
+    from app.services import open_services
 
     async with open_services(settings) as services:
         return await reconciler(services, request).run()
 
 
 async def _schedule(settings: Settings, request: ReconcileRequest, every: float) -> None:
-    from app import temporal
     from app.reconcile.schedule import drop_schedule, keep_schedule
+    from app.temporal.client import connect
 
-    client = await temporal.connect(settings)
+    client = await connect(settings)
     if every:
         await keep_schedule(client, settings.order_task_queue, timedelta(seconds=every), request)
         output.remark(f"reconciling every {every:g} s")
@@ -102,9 +102,9 @@ def _print(report: ReconcileReport, *, apply: bool) -> None:
 def _told(error: Exception) -> str:
     from temporalio.service import RPCError
 
-    from app import temporal
+    from app.temporal.client import is_namespace_missing
 
-    missing = isinstance(error, RPCError) and temporal.is_namespace_missing(error)
+    missing = isinstance(error, RPCError) and is_namespace_missing(error)
     return "there is no such namespace" if missing else type(error).__name__
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from app.cli.client import ExitCode
 from app.errors import SettingsError, TrellisError
-from app.local.processes import LocalError, PortTaken, ServerDied, check_port, collecting_taken, free_port, listen
+from app.local.process import LocalError, PortTaken, ServerDied, check_port, collecting_taken, free_port, listen
 from app.local.stack import LocalStack, UsualPorts
 
 DRAIN_MARGIN = 10.0
@@ -206,11 +206,11 @@ class _Run:
         self._say("The application …")
         # Late: they import the whole product, which takes a second or two; until the signal handlers are there
         # Ctrl-C is answered with a stack trace.
-        from app.db import migrate
-        from app.local.api import ApiServer, local_url
+        from app.db.pool import migrate
+        from app.local.server import ApiServer, local_url
         from app.main import create
         from app.settings import load
-        from app.telemetry import configure_logging
+        from app.telemetry.logs import configure_logging
 
         await self._timed("Migrations", asyncio.to_thread(migrate, stack.database_url), stack)
         settings = load(
@@ -319,7 +319,7 @@ def _write_traces(file: str) -> None:
     Raises:
         LocalError: the file cannot be written.
     """
-    from app.tracing import configure_tracing
+    from app.telemetry.traces import configure_tracing
 
     try:
         # Never closed: spans come to the very end.

@@ -35,7 +35,7 @@ def sandbox(
 async def _serve(host: str, port: int, settings: Settings) -> None:
     import uvicorn
 
-    from app import hosts
+    from app.domain import hosts
     from app.sandbox.app import create_sandbox, ledger_of
 
     # The ledger opens at the first request, so that this may start before its database does.
@@ -53,6 +53,6 @@ async def _serve(host: str, port: int, settings: Settings) -> None:
 
 def _lost_on_purpose(record: logging.LogRecord) -> bool:
     """Keeps replies that were meant to be lost out of the log, where each would be a stack of forty lines."""
-    from app.sandbox.wire import ReplyLost
+    from app.sandbox.protocol import ReplyLost
 
     return not (record.exc_info and isinstance(record.exc_info[1], ReplyLost))

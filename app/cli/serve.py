@@ -35,7 +35,7 @@ def api(
     """Serve the HTTP API, without workers."""
     _end_on_sigterm()
     settings = _settings(host, port, partners=True)
-    from app.http import create_app
+    from app.api import create_app
 
     serve(create_app(settings), settings)
 
@@ -47,7 +47,7 @@ def run_all(
     """Migrate if needed, then serve the API and work on both task queues, all in this process."""
     _end_on_sigterm()
     settings = _settings(host, port, partners=True)
-    from app import db
+    from app.db import pool as db
     from app.main import create
 
     # A schema that is new enough is left alone, even where it is newer: a release that was rolled back still starts.
@@ -65,7 +65,7 @@ def run_all(
 def _settings(host: str | None = None, port: int | None = None, *, partners: bool = False) -> Settings:
     """The settings of this process, with logging set up. Where it works with partners, they must have been chosen."""
     from app.settings import load
-    from app.telemetry import configure_logging
+    from app.telemetry.logs import configure_logging
 
     given = {"api_host": host, "api_port": port}
     settings = load(**{name: value for name, value in given.items() if value is not None})
@@ -73,7 +73,7 @@ def _settings(host: str | None = None, port: int | None = None, *, partners: boo
     if partners:
         # First what needs no imports, as it is what most often ends here.
         settings.require_partners()
-        from app.partners import check
+        from app.partners.clients import check
 
         check(settings)
     return settings
@@ -92,7 +92,7 @@ def serve(application: object, settings: Settings) -> None:
     """Run an ASGI application where the settings say, until SIGINT or SIGTERM."""
     import uvicorn
 
-    from app import serving
+    from app.http import serving
 
     config = uvicorn.Config(
         application,  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def run_server(config: uvicorn.Config) -> None:
     """Run uvicorn until a signal ends it; where the host is `::`, on both families, for uvicorn takes it for one."""
     import uvicorn
 
-    from app import hosts
+    from app.domain import hosts
 
     sockets = None
     if config.host == "::":
@@ -136,10 +136,10 @@ def worker(
 
 
 async def _work(settings: Settings, queue: Queue) -> None:
-    from app import worker as workers
     from app.order.worker import order_worker
+    from app.services import open_services
     from app.shipping.worker import shipping_worker
-    from app.wiring import open_services
+    from app.temporal import worker as workers
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -154,7 +154,7 @@ def migrate(
 ) -> None:
     """Bring the database's schema to this release's. Repeating it is harmless."""
     _end_on_sigterm(128 + signal.SIGTERM)  # not 0: whoever waits for the migration must not take it for done
-    from app import db
+    from app.db import pool as db
 
     settings = _settings()
     asyncio.run(_reach_database(settings, wait=wait))
@@ -164,7 +164,7 @@ def migrate(
 
 
 async def _reach_database(settings: Settings, *, wait: bool) -> str | None:
-    from app import db
+    from app.db import pool as db
 
     async with db.create_pool(settings) as pool:
         # Whoever is refused is told so at once: unlike an outage, that does not pass by itself.

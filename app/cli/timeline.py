@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from app.cli import output
 from app.cli.client import Api, CallFailed, ExitCode, order_path
-from app.steps import FINAL_STEPS
+from app.domain.steps import FINAL_STEPS
 
 #: How often a broken connection is tried again, a second apart: enough for an API that restarts.
 TRIES: Final = 60

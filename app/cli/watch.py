@@ -11,7 +11,7 @@ import typer
 
 from app.cli import output
 from app.cli.client import DEFAULT_URL, AsJson, Url, connect
-from app.steps import Step
+from app.domain.steps import Step
 
 #: Orders that are looked at, the newest: one page of the API.
 NEWEST: Final = 200

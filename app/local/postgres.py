@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.local.privileges import Account, Capability, account_for, capability_for, owner_of
-from app.local.processes import (
+from app.local.process import (
     Launch,
     LocalError,
     LocalServer,

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, NoReturn, Self
 
 from app.local.postgres import USER, DataUnusable, LocalPostgres
-from app.local.processes import POLL, LocalError, Report, collecting_taken, private, silent
+from app.local.process import POLL, LocalError, Report, collecting_taken, private, silent
 from app.local.temporal import LocalTemporal
 
 _OURS = re.compile(r"lock|env|postgres(\.new)?|(postgres|temporal)\.log(\.old)?|temporal\.(db(-\w+)?|pid)")

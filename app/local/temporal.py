@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.local.processes import (
+from app.local.process import (
     Launch,
     LocalError,
     LocalServer,

@@ -13,8 +13,11 @@ from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BeforeValidator
 
+from app.domain.steps import Step
+from app.domain.types import whole_number
 from app.errors import InvalidRequest, OrderNotFound
-from app.json_body import StrictRoute
+from app.http.json_body import StrictRoute
+from app.http.problems import problems
 from app.order.bodies import ReviewBody, StartOrderBody
 from app.order.feed import EventFeed
 from app.order.models import (
@@ -33,10 +36,7 @@ from app.order.models import (
 )
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
-from app.problems import problems
 from app.shipping.models import AddressBody
-from app.steps import Step
-from app.text import whole_number
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -49,7 +49,7 @@ router = APIRouter(route_class=StrictRoute)
 
 @dataclass(frozen=True)
 class OrderParts:
-    """What the routes need; the wiring puts one on the application's state as `orders`."""
+    """What the routes need; `app.api` puts one on the application's state as `orders`."""
 
     service: OrderService
     repository: OrderRepository

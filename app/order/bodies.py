@@ -9,10 +9,10 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from app.money import MAX_TOTAL, Currency, Price, quantize
+from app.domain.money import MAX_TOTAL, Currency, Price, quantize
+from app.domain.types import Remark
 from app.order.models import MAX_ITEMS, MAX_REVIEW_SECONDS, PaymentId, Review, ShortId, StartOrder, Verdict
 from app.shipping.models import AddressBody
-from app.text import Remark
 
 
 class ItemBody(BaseModel):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
-from app import metrics, supervision
-from app.db import UNAVAILABLE
+from app.db.pool import UNAVAILABLE
+from app.domain.steps import FINAL_STEPS
 from app.errors import TooManyStreams
 from app.order.models import Event
-from app.steps import FINAL_STEPS
+from app.telemetry import metrics, supervision
 
 if TYPE_CHECKING:
     from app.order.repository import OrderRepository

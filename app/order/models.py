@@ -16,11 +16,11 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from app.money import Amount, Money
+from app.domain.money import Amount, Money
+from app.domain.steps import Step
+from app.domain.types import IDENTIFIER
 from app.payment.models import PaymentStatus
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
-from app.steps import Step
-from app.text import IDENTIFIER
 
 ORDER_TASK_QUEUE: Final = "default"
 

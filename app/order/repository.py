@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import AwareDatetime, RootModel
 
-from app import events, metrics, tracing
+from app.db import timeline
+from app.domain.money import Money, fit
+from app.domain.steps import FINAL_STEPS, Step
 from app.errors import InvalidRequest, OrderRejected
 from app.failpoints import reach
-from app.money import Money, fit
 from app.order.models import (
     AddressChange,
     CloseOrder,
@@ -36,7 +37,7 @@ from app.order.models import (
     order_workflow_id,
 )
 from app.shipping.models import Address
-from app.steps import FINAL_STEPS, Step
+from app.telemetry import metrics, traces
 
 if TYPE_CHECKING:
     import asyncpg
@@ -52,14 +53,14 @@ WITH received AS (
 INSERT INTO events (order_id, type, payload_json, key) SELECT id, 'received', $10, 'received' FROM received
 """
 
-_OPEN_REVIEW = events.moving(
+_OPEN_REVIEW = timeline.moving(
     sets=", review_deadline = clock_timestamp() + make_interval(secs => $6)",
     when="NOT EXISTS (SELECT FROM payments WHERE payment_id = $7 AND order_id <> $1)",
 )
 
 # By the step of the locked row, which is as new as can be: a charge that is written down while this waits for the lock
 # is in no snapshot of the table of payments. That is asked all the same, as money would be kept for nothing.
-_CLOSE = events.moving(
+_CLOSE = timeline.moving(
     when="""was.state IN ('received', 'awaiting_review', CASE WHEN $6 THEN 'charging' END)
       AND NOT EXISTS (SELECT FROM payments WHERE order_id = $1 AND status IN ('CHARGED', 'REFUNDED'))"""
 )
@@ -188,7 +189,7 @@ class OrderRepository:
             total.currency,
             request.address.model_dump() if request.address else None,
             {"payment_id": request.payment_id, "amount": str(total.amount), "currency": total.currency},
-            tracing.trace_id(),
+            traces.trace_id(),
         )
         if status == "INSERT 0 1":
             metrics.order_received()
@@ -200,7 +201,7 @@ class OrderRepository:
             OrderRejected: the payment id belongs to another order; the order has entered `rejected`.
         """
         payment_id, seconds = order.request.payment_id, order.review_timeout_seconds
-        move = await events.try_to_enter(
+        move = await timeline.try_to_enter(
             self._pool,
             order.order_id,
             Step.AWAITING_REVIEW,
@@ -213,7 +214,7 @@ class OrderRepository:
             return
         if await self._pool.fetchval(_PAYMENT_OWNER, payment_id, order.order_id):
             await self.reject(order.order_id, f"{payment_id} belongs to another order")
-        await events.require_entered(self._pool, order.order_id, Step.AWAITING_REVIEW)
+        await timeline.require_entered(self._pool, order.order_id, Step.AWAITING_REVIEW)
 
     async def reject(self, order_id: str, reason: str) -> NoReturn:
         """Enter `rejected`, and say so.
@@ -221,7 +222,7 @@ class OrderRepository:
         Raises:
             OrderRejected: always.
         """
-        move = await events.enter(self._pool, order_id, Step.REJECTED, {"reason": reason}, error=reason)
+        move = await timeline.enter(self._pool, order_id, Step.REJECTED, {"reason": reason}, error=reason)
         metrics.entered(Step.REJECTED, move)
         raise OrderRejected(reason)
 
@@ -235,7 +236,9 @@ class OrderRepository:
             IllegalTransition: the order is charged: it ends by its shipment or by a refund.
         """
         payload = {"reason": request.reason} | ({"note": request.note} if request.note else {})
-        move = await events.enter(self._pool, request.order_id, request.step, payload, by=_CLOSE, arguments=(charging,))
+        move = await timeline.enter(
+            self._pool, request.order_id, request.step, payload, by=_CLOSE, arguments=(charging,)
+        )
         metrics.entered(request.step, move)
 
     async def change_address(self, change: AddressChange, key: str) -> bool:
@@ -245,7 +248,7 @@ class OrderRepository:
         late does not undo a newer change.
         """
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.lock(connection, change.order_id)
+            await timeline.lock(connection, change.order_id)
             event = await connection.fetchval(_DECIDED, change.order_id, key)
             if event is None:
                 status = await connection.execute(
@@ -254,7 +257,7 @@ class OrderRepository:
                 reach("change_address.in_transaction")
                 event = "address_changed" if status == "UPDATE 1" else "address_refused"
                 payload = _changed(change) if event == "address_changed" else {}
-                await events.record(connection, change.order_id, event, payload, key=key)
+                await timeline.record(connection, change.order_id, event, payload, key=key)
         return bool(event == "address_changed")
 
     async def reopen_review(self, request: ReopenReview, key: str) -> None:
@@ -271,7 +274,7 @@ class OrderRepository:
 
     async def note(self, note: NoteRequest, key: str) -> None:
         """Add to the timeline what did not change the order."""
-        await events.record(self._pool, note.order_id, note.type, note.payload, key=key)
+        await timeline.record(self._pool, note.order_id, note.type, note.payload, key=key)
 
     # --- what the API reads
 

@@ -17,7 +17,9 @@ from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-from app import db, metrics
+from app.db.pool import UNAVAILABLE
+from app.domain.money import quantize
+from app.domain.steps import Step
 from app.errors import (
     AlreadyDecided,
     InvalidRequest,
@@ -30,7 +32,6 @@ from app.errors import (
     TooLate,
     TooManyChanges,
 )
-from app.money import quantize
 from app.order.budget import ROOM, Change, ChangeBudget
 from app.order.models import (
     Decided,
@@ -44,17 +45,17 @@ from app.order.models import (
     order_workflow_id,
 )
 from app.order.workflows import OrderWorkflow
-from app.steps import Step
-from app.temporal import is_not_found
+from app.telemetry import metrics
+from app.temporal.client import is_not_found
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from temporalio.client import Client
 
-    from app.identity import Identity
     from app.order.repository import OrderRepository
     from app.settings import Settings
     from app.shipping.models import Address
+    from app.temporal.identity import Identity
 
 Answer = TypeVar("Answer")
 
@@ -233,7 +234,7 @@ class OrderService:
     async def _refuse_if_ended(self, order_id: str) -> None:
         try:
             status = await self._orders.status(order_id)
-        except db.UNAVAILABLE:
+        except UNAVAILABLE:
             return  # Temporal knows, too, and a decision needs no table to be kept
         if status is not None and status.step.final:
             raise _Ended(status)

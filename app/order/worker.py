@@ -11,10 +11,10 @@ from app.payment.activities import PaymentActivities
 from app.payment.repository import PaymentRepository
 from app.reconcile.worker import reconcile_activities
 from app.reconcile.workflows import ReconcileWorkflow
-from app.worker import WorkerPart
+from app.temporal.worker import WorkerPart
 
 if TYPE_CHECKING:
-    from app.wiring import Services
+    from app.services import Services
 
 
 def order_worker(services: Services) -> WorkerPart:

@@ -24,7 +24,7 @@ from temporalio.exceptions import (
 )
 
 with workflow.unsafe.imports_passed_through():
-    from app import local_first, policies, signals
+    from app.domain.steps import Step
     from app.errors import (
         AlreadyDecided,
         IllegalTransition,
@@ -36,7 +36,6 @@ with workflow.unsafe.imports_passed_through():
         TooLate,
         TooManyChanges,
     )
-    from app.failures import failed_with, message
     from app.order.activities import OrderActivities
     from app.order.bodies import ReviewBody
     from app.order.models import (
@@ -68,7 +67,8 @@ with workflow.unsafe.imports_passed_through():
         shipping_workflow_id,
     )
     from app.shipping.workflows import ShippingWorkflow
-    from app.steps import Step
+    from app.workflow import execution, policies, signals
+    from app.workflow.failures import failed_with, message
 
 # What strangers can make a history grow by, kind by kind: Temporal terminates a workflow whose history is full, and a
 # charge would stay. docs/decisions/0052-a-history-is-a-budget.md adds it all up.
@@ -194,7 +194,7 @@ class OrderWorkflow:
     # --- the steps, in their order
 
     async def _receive(self) -> None:
-        await local_first.write(OrderActivities.receive, self._order, local=self._order.local_steps)
+        await execution.write(OrderActivities.receive, self._order, local=self._order.local_steps)
         self._written_down = True
 
     async def _validate(self) -> None:
@@ -202,7 +202,7 @@ class OrderWorkflow:
             await self._close(Step.CANCELLED, "cancelled before the review")
             return
         try:
-            await local_first.write(OrderActivities.validate, self._order, local=self._order.local_steps)
+            await execution.write(OrderActivities.validate, self._order, local=self._order.local_steps)
         except FailureError as error:
             self._enter_failed(Step.REJECTED, error, OrderRejected)
         else:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.money import Money
+from app.domain.money import Money
 
 
 class Receipt(BaseModel):

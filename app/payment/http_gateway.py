@@ -9,10 +9,10 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, StringConstraints, ValidationError
 
+from app.domain.money import Money, exact_amount
+from app.domain.types import Reference
 from app.errors import PaymentConflict, PaymentDeclined, PaymentMismatch, PaymentUnavailable
-from app.money import Money, exact_amount
 from app.payment.gateway import PaymentGateway, Receipt, refund_key
-from app.text import Reference
 
 if TYPE_CHECKING:
     from app.errors import TrellisError

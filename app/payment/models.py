@@ -6,8 +6,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel, Field
 
-from app.money import Money
-from app.steps import Step
+from app.domain.money import Money
+from app.domain.steps import Step
 
 
 class PaymentStatus(StrEnum):

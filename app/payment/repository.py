@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from app import events, metrics
+from app.db import timeline
+from app.domain.money import Money
+from app.domain.steps import FINAL_STEPS, Step
 from app.errors import PaymentConflict, PaymentDeclined, TooLate, TrellisError
 from app.failpoints import reach
-from app.money import Money
 from app.payment.gateway import Receipt
 from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
-from app.steps import FINAL_STEPS, Step
+from app.telemetry import metrics
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from app.db import Connection
+    from app.db.pool import Connection
 
 # The usual claim, in one statement: the id is new, and the order at its step.
-_CLAIM_AND_ENTER = events.moving(
+_CLAIM_AND_ENTER = timeline.moving(
     before="""claimed AS (
     INSERT INTO payments (payment_id, order_id, status, amount, asked, currency)
     SELECT $6, id, 'INIT', 0, $7, $8 FROM was WHERE state = ANY($3)
@@ -48,7 +49,7 @@ UPDATE payments SET status = 'CHARGED', amount = $2, provider_reference = $3, se
 WHERE payment_id = $1 AND status = 'INIT'
 """
 
-_SETTLE_AND_ENTER = events.moving(
+_SETTLE_AND_ENTER = timeline.moving(
     after="""settled AS (
     UPDATE payments SET status = 'CHARGED', amount = $7, provider_reference = $8, settled_at = clock_timestamp()
     FROM moved WHERE payment_id = $6 AND status = 'INIT'
@@ -82,7 +83,7 @@ class PaymentRepository:
         approved = {"digest": request.approved} if request.approved else {}
         payload = {"payment_id": request.payment_id, **approved, **note}
         money = request.money
-        move = await events.try_to_enter(
+        move = await timeline.try_to_enter(
             self._pool,
             request.order_id,
             Step.CHARGING,
@@ -100,13 +101,13 @@ class PaymentRepository:
         """`begin_charge` where the id is known already: from an earlier attempt, or from somebody else's."""
         async with self._pool.acquire() as connection, connection.transaction():
             # Order before payment, as everywhere: who waits for whom is never a circle.
-            await events.lock(connection, request.order_id)
+            await timeline.lock(connection, request.order_id)
             claimed = await connection.execute(
                 _CLAIM, request.payment_id, request.order_id, request.money.amount, request.money.currency
             )
             payment = await connection.fetchrow(_LOCK, request.payment_id)
             refusal = _refusal(payment, request)
-            charging = await events.enter(connection, request.order_id, Step.CHARGING, payload)
+            charging = await timeline.enter(connection, request.order_id, Step.CHARGING, payload)
             failed = await _close_unpaid(connection, request, str(refusal)) if refusal else None
         if claimed == "INSERT 0 1":
             metrics.payment_entered(PaymentStatus.INIT)
@@ -119,7 +120,7 @@ class PaymentRepository:
     async def complete_charge(self, request: ChargeRequest, receipt: Receipt) -> None:
         """Write down what was charged, and enter `charged`."""
         money = receipt.money
-        move = await events.enter(
+        move = await timeline.enter(
             self._pool,
             request.order_id,
             Step.CHARGED,
@@ -164,7 +165,7 @@ class PaymentRepository:
             reach("refund.in_settlement")
             settled = await connection.execute(_REFUNDED, request.payment_id, receipt.reference)
             failed = request.close_as is Step.SHIPPING_FAILED
-            move = await events.enter(
+            move = await timeline.enter(
                 connection,
                 request.order_id,
                 request.close_as,
@@ -204,7 +205,7 @@ async def mark_failed(connection: Connection, payment_id: str) -> str:
 
 async def _tell_refund(connection: Connection, order_id: str, payment_id: str, receipt: Receipt) -> None:
     payload = {"payment_id": payment_id, "reference": receipt.reference, **_told(receipt.money)}
-    await events.record(connection, order_id, "refunded", payload, key="refunded")
+    await timeline.record(connection, order_id, "refunded", payload, key="refunded")
 
 
 def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisError | None:
@@ -221,9 +222,9 @@ def _refusal(payment: asyncpg.Record | None, request: ChargeRequest) -> TrellisE
     return None
 
 
-async def _close_unpaid(connection: Connection, request: ChargeRequest, reason: str) -> events.Move | None:
+async def _close_unpaid(connection: Connection, request: ChargeRequest, reason: str) -> timeline.Move | None:
     payload = {"payment_id": request.payment_id, "reason": reason}
-    return await events.enter(connection, request.order_id, Step.PAYMENT_FAILED, payload, error=reason)
+    return await timeline.enter(connection, request.order_id, Step.PAYMENT_FAILED, payload, error=reason)
 
 
 def _count(updated: str, status: PaymentStatus) -> None:

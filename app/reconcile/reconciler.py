@@ -19,18 +19,20 @@ import structlog
 from pydantic import ValidationError
 from temporalio.service import RPCError
 
-from app import db, metrics, temporal
+from app.db.pool import UNAVAILABLE
+from app.domain.steps import Step
 from app.errors import InvalidRequest, TrellisError
 from app.order.models import CloseOrder
 from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
 from app.reconcile.models import ReconcileReport, ReconcileRequest, Repair
 from app.shipping.models import Shipment
-from app.steps import Step
+from app.telemetry import metrics
+from app.temporal.client import is_namespace_missing, is_unavailable
 
 if TYPE_CHECKING:
     from app.audit.executions import ClosedOrder, Executions, Fate
     from app.audit.repository import BooksRepository
-    from app.money import Money
+    from app.domain.money import Money
     from app.order.models import OrderInput
     from app.order.repository import OrderRepository
     from app.payment.activities import PaymentActivities
@@ -148,10 +150,10 @@ class Reconciler:
         Raises:
             Exception: the error, if it is not this order's: nothing answers any more, or never will.
         """
-        if isinstance(error, RPCError) and temporal.is_namespace_missing(error):
+        if isinstance(error, RPCError) and is_namespace_missing(error):
             raise error
-        lost = isinstance(error, (RPCError, RuntimeError)) and temporal.is_unavailable(error)
-        silent = lost or isinstance(error, db.UNAVAILABLE)
+        lost = isinstance(error, (RPCError, RuntimeError)) and is_unavailable(error)
+        silent = lost or isinstance(error, UNAVAILABLE)
         self._silences = self._silences + 1 if silent or isinstance(error, RPCError) else 0
         if self._silences >= _SILENCES:
             raise error

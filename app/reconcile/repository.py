@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from app import events
-from app.money import Money
+from app.db import timeline
+from app.domain.money import Money
+from app.domain.steps import FINAL_STEPS, Step
 from app.payment.models import PaymentStatus
 from app.payment.repository import mark_failed
-from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
     import asyncpg
@@ -88,15 +88,15 @@ class LeftBehind:
 
     async def tell(self, order_id: str, payload: dict[str, Any], key: str) -> None:
         """The event `reconciled`, before anything is done: whatever a repair has begun, the timeline says so."""
-        await events.record(self._pool, order_id, "reconciled", payload, key=key)
+        await timeline.record(self._pool, order_id, "reconciled", payload, key=key)
 
     async def never_charged(self, order_id: str, payment_id: str) -> None:
         """The charge of a closed order did not go through. Nothing, if somebody has settled it in the meantime."""
         payload = {"found": "no charge at the provider"}
         async with self._pool.acquire() as connection, connection.transaction():
-            await events.lock(connection, order_id)
+            await timeline.lock(connection, order_id)
             if await mark_failed(connection, payment_id) == "UPDATE 1":
-                await events.record(connection, order_id, "reconciled", payload, key="reconciled:payment")
+                await timeline.record(connection, order_id, "reconciled", payload, key="reconciled:payment")
 
     async def known_charge(self, seconds: float) -> str | None:
         """The payment id of a charge that was written down so many seconds ago; None if there is none."""

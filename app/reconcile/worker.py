@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from app.audit.executions import Executions
 from app.audit.repository import BooksRepository
-from app.identity import Identity
 from app.order.repository import OrderRepository
 from app.payment.activities import PaymentActivities
 from app.payment.repository import PaymentRepository
@@ -16,10 +15,11 @@ from app.reconcile.reconciler import Reconciler, Tools
 from app.reconcile.repository import LeftBehind
 from app.shipping.activities import ShippingActivities
 from app.shipping.repository import ShipmentRepository
+from app.temporal.identity import Identity
 
 if TYPE_CHECKING:
     from app.reconcile.models import ReconcileRequest
-    from app.wiring import Services
+    from app.services import Services
 
 
 def reconciler(services: Services, request: ReconcileRequest, beat: Callable[[], None] = lambda: None) -> Reconciler:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from temporalio import workflow
 
 with workflow.unsafe.imports_passed_through():
-    from app import policies
     from app.reconcile.activities import ReconcileActivities
     from app.reconcile.models import ReconcileReport, ReconcileRequest
+    from app.workflow import policies
 
 
 @workflow.defn

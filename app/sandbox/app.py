@@ -18,8 +18,8 @@ from starlette.routing import Mount, Route
 
 from app.sandbox.carrier import SandboxCarrier
 from app.sandbox.ledger import LEDGER_ERRORS, Ledger
+from app.sandbox.protocol import DEFAULT_FAULTS, Faults, RefusalError, out_of_books, refused, unstorable
 from app.sandbox.provider import Provider
-from app.sandbox.wire import DEFAULT_FAULTS, Faults, RefusalError, out_of_books, refused, unstorable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.routing import Route
 
-from app.sandbox.wire import (
+from app.sandbox.protocol import (
     Effect,
     Faults,
     LostReply,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import asyncpg
 
-from app import database_url
-from app.pooler import Mode, Pooler
+from app.db.pooler import Mode, Pooler
+from app.domain import database_url
 
 if TYPE_CHECKING:
     from pathlib import Path

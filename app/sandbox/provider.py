@@ -20,7 +20,7 @@ from pydantic import BaseModel, StringConstraints
 from starlette.routing import Route
 
 from app.sandbox.ledger import LEDGER_ERRORS, Answer, Claim, Ledger, Lookup, Movement
-from app.sandbox.wire import (
+from app.sandbox.protocol import (
     Effect,
     Faults,
     LostReply,

@@ -9,9 +9,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
 
+from app.domain.types import Reference
 from app.errors import CarrierUnavailable, ShipmentRefused
 from app.shipping.carrier import Carrier, Handover
-from app.text import Reference
 
 if TYPE_CHECKING:
     from app.shipping.models import Address

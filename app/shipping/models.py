@@ -8,8 +8,8 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.money import Money
-from app.text import Line, OldLine
+from app.domain.money import Money
+from app.domain.types import Line, OldLine
 
 SHIPPING_TASK_QUEUE: Final = "shipping-tq"
 

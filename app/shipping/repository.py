@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from app import events, metrics
+from app.db import timeline
+from app.domain.steps import Step
 from app.errors import OrderNotFound
 from app.shipping.carrier import Handover
 from app.shipping.models import Address
-from app.steps import Step
+from app.telemetry import metrics
 
 if TYPE_CHECKING:
     import asyncpg
@@ -19,7 +20,7 @@ UPDATE orders SET dispatch_started_at = coalesce(dispatch_started_at, clock_time
 WHERE id = $1 RETURNING address_json, tracking, state
 """
 
-_TAKEN = events.moving(sets=", tracking = $6")
+_TAKEN = timeline.moving(sets=", tracking = $6")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ShipmentRepository:
 
     async def prepare(self, order_id: str) -> None:
         """Enter `prepared`."""
-        move = await events.enter(self._pool, order_id, Step.PREPARED)
+        move = await timeline.enter(self._pool, order_id, Step.PREPARED)
         metrics.entered(Step.PREPARED, move)
 
     async def begin_dispatch(self, order_id: str) -> Parcel:
@@ -61,11 +62,11 @@ class ShipmentRepository:
     async def complete_dispatch(self, order_id: str, handover: Handover, *, pickup: bool) -> None:
         """Write down that the carrier has the parcel, and enter `shipped`."""
         payload: dict[str, Any] = {"tracking": handover.tracking, "pickup": pickup}
-        move = await events.enter(
+        move = await timeline.enter(
             self._pool, order_id, Step.SHIPPED, payload, by=_TAKEN, arguments=(handover.tracking,)
         )
         metrics.entered(Step.SHIPPED, move)
 
     async def complete_recall(self, order_id: str) -> None:
         """Tell that the parcel was withdrawn: nothing was shipped and nothing will be."""
-        await events.record(self._pool, order_id, "recalled", {}, key="recalled")
+        await timeline.record(self._pool, order_id, "recalled", {}, key="recalled")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from app.shipping.activities import ShippingActivities
 from app.shipping.repository import ShipmentRepository
 from app.shipping.workflows import ShippingWorkflow
-from app.worker import WorkerPart
+from app.temporal.worker import WorkerPart
 
 if TYPE_CHECKING:
-    from app.wiring import Services
+    from app.services import Services
 
 
 def shipping_worker(services: Services) -> WorkerPart:

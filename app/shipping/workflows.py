@@ -9,9 +9,8 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
 
 with workflow.unsafe.imports_passed_through():
-    from app import local_first, policies
+    from app.domain.steps import Step
     from app.errors import CarrierUnavailable
-    from app.failures import failed_with, message
     from app.payment.activities import PaymentActivities
     from app.payment.models import RefundRequest
     from app.shipping.activities import ShippingActivities
@@ -23,7 +22,8 @@ with workflow.unsafe.imports_passed_through():
         ShippingOutcome,
         ShippingResult,
     )
-    from app.steps import Step
+    from app.workflow import execution, policies
+    from app.workflow.failures import failed_with, message
 
 
 #: Shipments that began before ended where they stood when somebody cancelled them in Temporal.
@@ -83,7 +83,7 @@ class ShippingWorkflow:
     # --- the story
 
     async def _prepare(self) -> None:
-        await local_first.write(ShippingActivities.prepare, self._shipment, local=self._shipping.local_steps)
+        await execution.write(ShippingActivities.prepare, self._shipment, local=self._shipping.local_steps)
         self._step = Step.PREPARED
 
     async def _dispatch(self) -> Handover | None:

@@ -14,14 +14,15 @@ import asyncpg
 import uvicorn
 import uvloop
 
-from app import metrics, worker
-from app.http import create_app
+from app.api import create_app
 from app.main import create
 from app.order.worker import order_worker
+from app.services import open_services
 from app.settings import Settings
 from app.shipping.worker import shipping_worker
-from app.telemetry import configure_logging
-from app.wiring import open_services
+from app.telemetry import metrics
+from app.telemetry.logs import configure_logging
+from app.temporal import worker
 
 
 def _switch_metrics_off() -> None:
@@ -36,7 +37,8 @@ def _switch_metrics_off() -> None:
     ):
         if not callable(getattr(metrics, name, None)):
             sys.exit(
-                f"app.metrics has no {name}() any more; bench/programs/trellis.py does not know what to switch off"
+                f"app.telemetry.metrics has no {name}() any more; "
+                "bench/programs/trellis.py does not know what to switch off"
             )
         setattr(metrics, name, nothing)
     asyncpg.Connection.add_query_logger = nothing  # type: ignore[method-assign]

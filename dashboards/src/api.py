@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from app.metrics import HTTP_DURATION, QUERY_DURATION
+from app.telemetry.metrics import HTTP_DURATION, QUERY_DURATION
 from dashboards.src.board import RELEASE, Board, Query, of_server, of_spans, percentiles, quantile, rate, ratio, select
 from dashboards.src.names import buckets, count, gauge, server, spans
 

@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from app.metrics import ATTEMPTS, ORDERS_STARTED
+from app.telemetry.metrics import ATTEMPTS, ORDERS_STARTED
 from dashboards.src.names import counter
 
 #: The one place that says where numbers come from; every panel and variable refers to it.

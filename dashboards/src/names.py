@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from app.metrics import ORDER_GAUGES, REGISTRY
+from app.telemetry.metrics import ORDER_GAUGES, REGISTRY
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
@@ -36,7 +36,7 @@ def count(metric: Histogram) -> str:
 
 def gauge(name: str) -> str:
     """A gauge, or a metric of the process, that the product publishes without an object to hold."""
-    return _known(name, ours(), "app.metrics")
+    return _known(name, ours(), "app.telemetry.metrics")
 
 
 def sdk(name: str) -> str:

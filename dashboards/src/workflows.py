@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from app.metrics import ATTEMPT_DURATION, ATTEMPTS, RETRIES
+from app.telemetry.metrics import ATTEMPT_DURATION, ATTEMPTS, RETRIES
 from dashboards.src.board import QUEUE, RELEASE, SERVER_QUEUES, Board, Query, of_server, quantile, rate, ratio, select
 from dashboards.src.names import buckets, counter, sdk, server
 

@@ -28,7 +28,7 @@ import asyncpg
 import httpx
 import yaml
 
-from app.local.processes import Launch, ServerProcess, free_port
+from app.local.process import Launch, ServerProcess, free_port
 from tests.faults.stack import ROOT, Member, Stack, eventually
 
 RULES: Final = ROOT / "charts/trellis/rules"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from app import policies
 from app.order.activities import OrderActivities
 from app.order.models import OrderInput, OrderResult
 from app.order.workflows import OrderWorkflow
+from app.workflow import policies
 
 
 @workflow.defn(name="OrderWorkflow")

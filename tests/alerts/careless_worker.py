@@ -6,11 +6,11 @@ import asyncio
 import signal
 from dataclasses import replace
 
-from app import worker
 from app.order.worker import order_worker
+from app.services import open_services
 from app.settings import Settings
-from app.telemetry import configure_logging
-from app.wiring import open_services
+from app.telemetry.logs import configure_logging
+from app.temporal import worker
 from tests.alerts.careless import ValidatedTwice
 
 

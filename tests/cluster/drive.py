@@ -17,7 +17,7 @@ from typing import Any, Final
 import httpx
 
 from app.cli.client import CallFailed, ExitCode, answer, order_path, unanswered
-from app.steps import Step
+from app.domain.steps import Step
 
 #: Calls at a time: enough to fill the workers, few enough for one `kubectl port-forward`.
 CONCURRENCY: Final = 16

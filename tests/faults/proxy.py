@@ -8,7 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from app.local.processes import free_port
+from app.local.process import free_port
 
 #: The "version" of a first message that only asks for encryption or a cancellation: another first message follows.
 _ASKS_FOR_SSL = 80877103

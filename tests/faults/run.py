@@ -17,7 +17,7 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError
 
-from app import db
+from app.db.pool import UNAVAILABLE
 from app.failpoints import NAMES, Action
 from tests.faults import acts, schedule, verdict
 from tests.faults.orders import LEADS_TO, STORIES, Customers
@@ -187,7 +187,7 @@ class Run:
         """How many orders are not at their end; when the database is down, as many as when it was asked last."""
         if time.monotonic() - self._counted_at > 1:
             self._counted_at = time.monotonic()
-            with contextlib.suppress(*db.UNAVAILABLE):
+            with contextlib.suppress(*UNAVAILABLE):
                 self._counted = await verdict.waiting(stack, customers.promises)
         return self._counted
 

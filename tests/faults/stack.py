@@ -17,7 +17,7 @@ import httpx
 
 from app import failpoints
 from app.local.postgres import LocalPostgres
-from app.local.processes import Launch, LocalError, ServerProcess, free_port
+from app.local.process import Launch, LocalError, ServerProcess, free_port
 from app.local.temporal import LocalTemporal
 from tests.faults.failpoint_plan import FailpointPlan
 from tests.faults.proxy import Proxy

@@ -14,9 +14,9 @@ import asyncpg
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
+from app.domain.steps import Step
 from app.failpoints import NAMES, Action
 from app.settings import Settings
-from app.steps import Step
 from tests.conftest import Servers
 from tests.faults import acts, schedule
 from tests.faults.failpoint_plan import FailpointPlan

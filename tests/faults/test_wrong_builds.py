@@ -14,21 +14,22 @@ import asyncpg
 import httpx
 import pytest
 
-from app import events, failpoints
+from app import failpoints
 from app.audit.models import Kind
+from app.db import timeline
+from app.domain.money import Money
+from app.domain.steps import Step
 from app.errors import ServiceUnavailable
-from app.money import Money
 from app.order.repository import OrderRepository
 from app.payment.activities import PaymentActivities
 from app.payment.http_gateway import HttpPaymentGateway
 from app.payment.models import ChargeRequest
 from app.payment.repository import PaymentRepository
 from app.sandbox.app import create_sandbox
+from app.services import Services
 from app.shipping.activities import ShippingActivities
 from app.shipping.models import Shipment
 from app.shipping.repository import ShipmentRepository
-from app.steps import Step
-from app.wiring import Services
 from tests.bookkeeping import USD, Shop, opened_shop
 
 CHARGE = ChargeRequest(order_id="o", payment_id="pay-o", money=USD)
@@ -99,7 +100,7 @@ class EventAfterwards(ShipmentRepository):
             )
             if moved == "UPDATE 1":
                 failpoints.reach("prepare.before_reply")
-                await events.record(connection, order_id, "prepared", {}, key="prepared")
+                await timeline.record(connection, order_id, "prepared", {}, key="prepared")
 
 
 @pytest.mark.parametrize(

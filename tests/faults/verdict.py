@@ -13,8 +13,8 @@ import asyncpg
 from pydantic import ValidationError
 
 from app.cli.client import ExitCode
+from app.domain.steps import FINAL_STEPS, Step
 from app.reconcile.models import ReconcileReport
-from app.steps import FINAL_STEPS, Step
 
 if TYPE_CHECKING:
     from tests.faults.orders import Promise
