@@ -44,12 +44,11 @@ def create(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _workers(app: FastAPI, services: Services) -> AsyncIterator[None]:
-    from app.order.worker import order_worker
-    from app.shipping.worker import shipping_worker
-    from app.temporal import worker
+    from app import workers
+    from app.workers import order_worker, shipping_worker
 
     stop = asyncio.Event()
-    running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
+    running = asyncio.create_task(workers.run(services, [order_worker(services), shipping_worker(services)], stop))
     running.add_done_callback(partial(_end_the_process_on_failure, app))
     try:
         yield

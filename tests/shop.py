@@ -22,11 +22,11 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import Client, WorkflowHandle
 
+from app import workers
 from app.domain.steps import Step
 from app.order.models import Event, OrderResult, StartOrder, order_workflow_id
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
-from app.order.worker import order_worker
 from app.order.workflows import OrderWorkflow
 from app.payment.http_gateway import HttpPaymentGateway
 from app.sandbox.app import create_sandbox
@@ -36,9 +36,8 @@ from app.services import Services, open_services
 from app.settings import Settings
 from app.shipping.http_carrier import HttpCarrier
 from app.shipping.models import Address, shipping_workflow_id
-from app.shipping.worker import shipping_worker
-from app.temporal import worker
 from app.temporal.worker import WorkerPart
+from app.workers import order_worker, shipping_worker
 from tests import books, databases
 from tests.support import activities_of, until
 
@@ -193,7 +192,7 @@ class Shop:
         services = replace(self.services, settings=self.settings.model_copy(update=settings))
         if not self.running:
             self._stop = asyncio.Event()
-        self.running.append(asyncio.create_task(worker.run(services, parts or self.parts(), self._stop)))
+        self.running.append(asyncio.create_task(workers.run(services, parts or self.parts(), self._stop)))
 
     async def close(self) -> None:
         """Stop the workers; orders rest where they are."""

@@ -18,10 +18,9 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import Client, WorkflowHandle
 
-from app.order.worker import order_worker
+from app import workers
 from app.services import Services
-from app.shipping.worker import shipping_worker
-from app.temporal import worker
+from app.workers import order_worker, shipping_worker
 from app.workflow import execution
 
 
@@ -29,7 +28,7 @@ from app.workflow import execution
 async def running_workers(services: Services) -> AsyncIterator[None]:
     """Both workers, while the block runs."""
     stop = asyncio.Event()
-    running = asyncio.create_task(worker.run(services, [order_worker(services), shipping_worker(services)], stop))
+    running = asyncio.create_task(workers.run(services, [order_worker(services), shipping_worker(services)], stop))
     try:
         yield
     finally:

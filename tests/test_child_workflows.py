@@ -17,7 +17,6 @@ from temporalio.worker import UnsandboxedWorkflowRunner
 from app.domain.steps import Step
 from app.errors import TooLate
 from app.order.models import ORDER_TASK_QUEUE, OrderInput, StartOrder, order_workflow_id
-from app.order.worker import order_worker
 from app.settings import Settings
 from app.shipping.activities import ShippingActivities
 from app.shipping.models import (
@@ -29,8 +28,8 @@ from app.shipping.models import (
     shipping_workflow_id,
 )
 from app.shipping.repository import Parcel, ShipmentRepository
-from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
+from app.workers import order_worker, shipping_worker
 from app.workflow import policies
 from tests.bookkeeping import USD
 from tests.record_histories import recall_ended_by_hand, recorded, shipment_cancelled, unheard

@@ -23,11 +23,11 @@ from app.cli.main import app as cli
 from app.domain.steps import Step
 from app.errors import DatabaseUnavailable, WrongNamespace
 from app.reconcile.models import ReconcileRequest
-from app.reconcile.worker import reconciler
 from app.services import Services, open_services
 from app.settings import Settings
 from app.temporal.client import is_namespace_missing, is_not_found
 from app.temporal.identity import Identity, wait_until_ours
+from app.workers import reconciler
 from tests.bookkeeping import Shop, opened_shop
 from tests.support import until
 

@@ -41,8 +41,8 @@ from app.order import gauges
 from app.order.models import OrderInput, StartOrder
 from app.order.repository import OrderRepository
 from app.reconcile.models import ReconcileRequest
-from app.reconcile.worker import reconciler
 from app.settings import Settings
+from app.workers import reconciler
 from tests import databases
 from tests.shop import HOME, OFFICE, REFUSED, open_shop
 from tests.support import serving, until

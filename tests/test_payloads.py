@@ -23,13 +23,12 @@ from temporalio.worker import Replayer
 
 from app.order.bodies import StartOrderBody
 from app.order.models import StartOrder
-from app.order.worker import order_worker
 from app.order.workflows import OrderWorkflow
 from app.services import Services
 from app.shipping.models import DispatchFailed, SignalledAddress
-from app.shipping.worker import shipping_worker
 from app.shipping.workflows import ShippingWorkflow
 from app.temporal.client import DATA_CONVERTER
+from app.workers import order_worker, shipping_worker
 from tests.record_histories import FOLDER
 
 # --- every type that a worker decodes

@@ -43,13 +43,13 @@ from app.reconcile.models import RECONCILE_ID, ReconcileReport, ReconcileRequest
 from app.reconcile.reconciler import Reconciler
 from app.reconcile.repository import Left, LeftBehind
 from app.reconcile.schedule import drop_schedule, keep_schedule
-from app.reconcile.worker import reconciler
 from app.reconcile.workflows import ReconcileWorkflow
 from app.services import Services
 from app.settings import Settings
 from app.shipping.models import Address, Shipment, ShippingOutcome
 from app.shipping.repository import ShipmentRepository
 from app.telemetry import metrics
+from app.workers import reconciler
 from tests.bookkeeping import USD, Shop, opened_shop
 from tests.shop import REFUSED, UNANSWERED, Order, open_shop
 from tests.support import until

@@ -12,14 +12,12 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.service import RPCError, RPCStatusCode
 
+from app import workers
 from app.local.process import free_port
-from app.order.worker import order_worker
 from app.services import open_services
 from app.settings import Settings
-from app.shipping.worker import shipping_worker
-from app.temporal import client as temporal
-from app.temporal import worker
 from app.temporal.client import is_unavailable
+from app.workers import order_worker, shipping_worker
 from tests.faults.proxy import Proxy
 from tests.support import until
 
@@ -83,9 +81,9 @@ async def test_a_worker_that_loses_temporal_while_it_starts_waits_for_it(
             proxy.listening(),
             open_services(settings.model_copy(update={"temporal_address": f"127.0.0.1:{proxy.port}"})) as services,
         ):
-            monkeypatch.setattr(temporal, "connect", connect)
+            monkeypatch.setattr("app.temporal.worker.connect", connect)
             parts = [order_worker(services), shipping_worker(services)]
-            running = asyncio.create_task(worker.run(services, parts, stop))
+            running = asyncio.create_task(workers.run(services, parts, stop))
             await until(lambda: _said(logs, "Temporal was lost while the workers started", running), "the loss", 60)
             assert "ok" not in (await services.readiness.states()).values()
             proxy.target = port

@@ -70,8 +70,8 @@ def reconcile(
 
 
 async def _reconcile(settings: Settings, request: ReconcileRequest) -> ReconcileReport:
-    from app.reconcile.worker import reconciler
     from app.services import open_services
+    from app.workers import reconciler
 
     async with open_services(settings) as services:
         return await reconciler(services, request).run()

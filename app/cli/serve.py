@@ -136,10 +136,9 @@ def worker(
 
 
 async def _work(settings: Settings, queue: Queue) -> None:
-    from app.order.worker import order_worker
+    from app import workers
     from app.services import open_services
-    from app.shipping.worker import shipping_worker
-    from app.temporal import worker as workers
+    from app.workers import order_worker, shipping_worker
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

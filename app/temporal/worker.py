@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -15,8 +14,7 @@ from temporalio.worker import Worker
 
 from app.db.pool import pauses, wait_until_migrated
 from app.db.timeline import AttemptLog
-from app.order import gauges
-from app.telemetry import metrics, probes, supervision
+from app.telemetry import metrics, probes
 from app.temporal import identity, runner, versions
 from app.temporal.client import connect, is_unavailable, wait_until_serving
 from app.temporal.interceptors import AttemptInterceptor
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from temporalio.client import Client
 
     from app.services import Services
-    from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -63,8 +60,16 @@ def build(client: Client, services: Services, part: WorkerPart) -> Worker:
     )
 
 
-async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Event) -> None:
+async def run(
+    services: Services,
+    parts: Sequence[WorkerPart],
+    stop: asyncio.Event,
+    meanwhile: Callable[[], Awaitable[None]],
+) -> None:
     """Wait for PostgreSQL and Temporal, then serve `parts` until `stop` is set and running attempts are done.
+
+    Args:
+        meanwhile: runs beside the workers, and is cancelled when they stop.
 
     Raises:
         Exception: a worker failed for good, such as on a namespace that was deleted.
@@ -76,7 +81,7 @@ async def run(services: Services, parts: Sequence[WorkerPart], stop: asyncio.Eve
             if not await _servers_are_there(services, stopping):
                 return
             try:
-                await _serve(services, parts, stopping)
+                await _serve(services, parts, stopping, meanwhile)
             except (RPCError, RuntimeError) as error:
                 if not is_unavailable(error):
                     raise
@@ -100,31 +105,31 @@ async def _servers_are_there(services: Services, stopping: asyncio.Task[Any]) ->
     return not stopping.done()
 
 
-async def _serve(services: Services, parts: Sequence[WorkerPart], stopping: asyncio.Task[Any]) -> None:
+async def _serve(
+    services: Services,
+    parts: Sequence[WorkerPart],
+    stopping: asyncio.Task[Any],
+    meanwhile: Callable[[], Awaitable[None]],
+) -> None:
     client = await connect(services.settings, lazy=False)
     workers = [build(client, services, part) for part in parts]
     running = [asyncio.create_task(worker.run()) for worker in workers]
     services.readiness.forget("workers")
     for worker in workers:
         probes.require_polling(services.readiness, worker)
-    reading = asyncio.create_task(_read_gauges(services.settings))
+    besides = asyncio.ensure_future(meanwhile())
     queues = [part.task_queue for part in parts]
     log.info("workers started", task_queues=queues)
     await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
     log.info("workers stopping", task_queues=queues)
     await asyncio.gather(*(worker.shutdown() for worker in workers))
-    reading.cancel()
+    besides.cancel()
     await asyncio.gather(*running)
     log.info("workers stopped", task_queues=queues)
 
 
 async def _not_started() -> None:
     raise probes.NotReady("waiting for PostgreSQL, its migration, or Temporal")
-
-
-async def _read_gauges(settings: Settings) -> None:
-    if settings.metrics_port:
-        await supervision.keep_running("gauges", partial(gauges.keep_reading, settings))
 
 
 async def _wait_for_servers(services: Services) -> None:

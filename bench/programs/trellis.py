@@ -14,15 +14,14 @@ import asyncpg
 import uvicorn
 import uvloop
 
+from app import workers
 from app.api import create_app
 from app.main import create
-from app.order.worker import order_worker
 from app.services import open_services
 from app.settings import Settings
-from app.shipping.worker import shipping_worker
 from app.telemetry import metrics
 from app.telemetry.logs import configure_logging
-from app.temporal import worker
+from app.workers import order_worker, shipping_worker
 
 
 def _switch_metrics_off() -> None:
@@ -49,7 +48,7 @@ async def _work(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with open_services(settings) as services:
-        await worker.run(services, [order_worker(services), shipping_worker(services)], stop)
+        await workers.run(services, [order_worker(services), shipping_worker(services)], stop)
 
 
 def main() -> None:

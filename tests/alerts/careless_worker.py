@@ -6,11 +6,11 @@ import asyncio
 import signal
 from dataclasses import replace
 
-from app.order.worker import order_worker
+from app import workers
 from app.services import open_services
 from app.settings import Settings
 from app.telemetry.logs import configure_logging
-from app.temporal import worker
+from app.workers import order_worker
 from tests.alerts.careless import ValidatedTwice
 
 
@@ -19,7 +19,7 @@ async def _serve() -> None:
     configure_logging(settings)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with open_services(settings) as services:
-        await worker.run(services, [replace(order_worker(services), workflows=[ValidatedTwice])], stop)
+        await workers.run(services, [replace(order_worker(services), workflows=[ValidatedTwice])], stop)
 
 
 asyncio.run(_serve())
