@@ -29,7 +29,7 @@ from app.order.api import router as orders_router
 from app.order.feed import EventFeed
 from app.order.repository import OrderRepository
 from app.order.service import OrderService
-from app.services import Services, open_services
+from app.services import Services, open_services, require_servers
 from app.telemetry import metrics, probes, traces
 from app.temporal import client as temporal
 from app.temporal.identity import Identity
@@ -95,7 +95,7 @@ def create_app(settings: Settings, beside: Beside | None = None) -> FastAPI:
             app.state.services = services
             app.state.readiness = probes.Readiness()
             for readiness in (app.state.readiness, services.readiness):
-                probes.require_servers(readiness, services.pool, services.temporal)
+                require_servers(readiness, services.pool, services.temporal)
             app.state.orders = OrderParts(service, repository, feed)
             try:
                 with stopping.at_signal(feed.leave):

@@ -30,8 +30,7 @@ import asyncpg
 import httpx
 import yaml
 
-from app.domain.steps import FINAL_STEPS
-from app.payment.models import PaymentStatus
+from app.domain.steps import FINAL_STEPS, PaymentStatus
 from app.telemetry.metrics import ORDERS_CLOSED, ORDERS_STARTED, PAYMENTS, RETRIES
 from dashboards.src.names import counter
 

@@ -22,7 +22,6 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from app.api import create_app
-from app.db import pool as db
 from app.errors import SettingsError, TooManyStreams
 from app.http import docs_page, serving
 from app.http.edge import Hosts
@@ -249,7 +248,7 @@ async def test_the_gauges_are_read_again_after_any_error(
         raise KeyError("state")
 
     monkeypatch.setattr(gauges, "read", fail)
-    monkeypatch.setattr(db, "pauses", lambda: itertools.repeat(0.01))
+    monkeypatch.setattr("app.telemetry.supervision.pauses", lambda: itertools.repeat(0.01))
     failures = _failures("gauges")
     reading = asyncio.create_task(worker._read_gauges(settings.model_copy(update={"metrics_port": 1})))
 

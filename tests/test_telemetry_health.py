@@ -72,7 +72,7 @@ async def test_a_worker_without_its_servers_is_live_and_says_what_it_waits_for(
 async def test_a_taken_port_is_named(settings: Settings) -> None:
     async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as server:
         taken = settings.model_copy(update={"metrics_port": server.sockets[0].getsockname()[1]})
-        serving = probes.serving(taken, Readiness())
+        serving = probes.serving(taken, Readiness(), None)
         with pytest.raises(probes.MetricsPortTaken, match="TRELLIS_METRICS_PORT"):
             await serving.__aenter__()
 

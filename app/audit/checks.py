@@ -10,8 +10,7 @@ from typing import Final
 
 from app.audit.models import Kind, Movement, Movements, OrderBooks, Parcel, ParcelState, PaymentRow, Violation
 from app.domain.money import Money
-from app.domain.steps import NEXT_STEPS, Step
-from app.payment.models import PaymentStatus
+from app.domain.steps import NEXT_STEPS, PaymentStatus, Step
 
 #: Which payment goes with which step; None is no payment at all. INIT with a closed order is a matter of time: see
 #: `_in_doubt`.

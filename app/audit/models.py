@@ -10,8 +10,7 @@ from typing import Final
 from pydantic import BaseModel, Field
 
 from app.domain.money import Money
-from app.domain.steps import Step
-from app.payment.models import PaymentStatus
+from app.domain.steps import PaymentStatus, Step
 
 
 class Kind(StrEnum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import socket
@@ -27,6 +26,7 @@ from app.db.pooler import Pooler
 from app.domain import database_url
 from app.errors import DatabaseUnavailable, TrellisError
 from app.telemetry import metrics
+from app.telemetry.supervision import pauses
 
 if TYPE_CHECKING:
     import psycopg
@@ -428,9 +428,3 @@ async def wait_until_migrated(pool: asyncpg.Pool) -> None:
             return
         log.warning("waiting for `trellis migrate`", found=version, needed=SCHEMA_VERSION, retry_in_seconds=pause)
         await asyncio.sleep(pause)
-
-
-def pauses() -> Iterator[float]:
-    """Seconds between two tries: soon at first, then every five seconds."""
-    yield from (0.2, 0.4, 0.8, 1.6, 3.2)
-    yield from itertools.repeat(5.0)

@@ -48,3 +48,12 @@ FINAL_STEPS: Final = frozenset(step for step, following in NEXT_STEPS.items() if
 def steps_before(step: Step) -> list[Step]:
     """The steps an order may come from."""
     return [earlier for earlier, following in NEXT_STEPS.items() if step in following]
+
+
+class PaymentStatus(StrEnum):
+    """`payments.status`. INIT is in doubt: a charge has begun and its outcome is not recorded yet."""
+
+    INIT = "INIT"
+    CHARGED = "CHARGED"
+    FAILED = "FAILED"
+    REFUNDED = "REFUNDED"

@@ -17,9 +17,8 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from app.domain.money import Amount, Money
-from app.domain.steps import Step
+from app.domain.steps import PaymentStatus, Step
 from app.domain.types import IDENTIFIER
-from app.payment.models import PaymentStatus
 from app.shipping.models import SHIPPING_TASK_QUEUE, Address
 
 ORDER_TASK_QUEUE: Final = "default"

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from pydantic import BaseModel, Field
 
 from app.domain.money import Money
 from app.domain.steps import Step
-
-
-class PaymentStatus(StrEnum):
-    """`payments.status`. INIT is in doubt: a charge has begun and its outcome is not recorded yet."""
-
-    INIT = "INIT"
-    CHARGED = "CHARGED"
-    FAILED = "FAILED"
-    REFUNDED = "REFUNDED"
 
 
 class ChargeRequest(BaseModel):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from app.db import timeline
 from app.domain.money import Money
-from app.domain.steps import FINAL_STEPS, Step
+from app.domain.steps import FINAL_STEPS, PaymentStatus, Step
 from app.errors import PaymentConflict, PaymentDeclined, TooLate, TrellisError
 from app.failpoints import reach
 from app.payment.gateway import Receipt
-from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
+from app.payment.models import ChargeRequest, RefundRequest
 from app.telemetry import metrics
 
 if TYPE_CHECKING:

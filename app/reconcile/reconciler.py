@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from temporalio.service import RPCError
 
 from app.db.pool import UNAVAILABLE
-from app.domain.steps import Step
+from app.domain.steps import PaymentStatus, Step
 from app.errors import InvalidRequest, TrellisError
 from app.order.models import CloseOrder
-from app.payment.models import ChargeRequest, PaymentStatus, RefundRequest
+from app.payment.models import ChargeRequest, RefundRequest
 from app.reconcile.models import ReconcileReport, ReconcileRequest, Repair
 from app.shipping.models import Shipment
 from app.telemetry import metrics

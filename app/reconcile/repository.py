@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from app.db import timeline
 from app.domain.money import Money
-from app.domain.steps import FINAL_STEPS, Step
-from app.payment.models import PaymentStatus
+from app.domain.steps import FINAL_STEPS, PaymentStatus, Step
 from app.payment.repository import mark_failed
 
 if TYPE_CHECKING:

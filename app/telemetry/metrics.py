@@ -19,8 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 
 from app import errors
-from app.domain.steps import Step
-from app.payment.models import PaymentStatus
+from app.domain.steps import PaymentStatus, Step
 
 if TYPE_CHECKING:
     import asyncpg

@@ -12,8 +12,6 @@ import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
-from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -27,20 +25,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from temporalio.service import RPCError
 
-from app.db.pool import SCHEMA_VERSION, UNAVAILABLE, schema_version
 from app.domain.hosts import bind
-from app.errors import TrellisError, WrongNamespace
+from app.errors import DatabaseUnavailable, TrellisError
 from app.telemetry.metrics import REGISTRY
-from app.temporal import client as temporal
-from app.temporal import versions
-from app.temporal.identity import Identity
 
 if TYPE_CHECKING:
-    import asyncpg
     from starlette.requests import Request
-    from temporalio.api.enums.v1 import TaskQueueType
-    from temporalio.client import Client
-    from temporalio.worker import Worker
 
     from app.settings import Settings
 
@@ -49,7 +39,6 @@ Check = Callable[[], Awaitable[None]]
 
 #: Seconds a check may take; probes wait a little longer.
 _CHECK_SECONDS: Final = 3.0
-_RPC_TIMEOUT: Final = timedelta(seconds=2)
 #: Seconds the SDK's own endpoint, in this process, may take.
 _SDK_SECONDS: Final = 2.0
 
@@ -95,7 +84,7 @@ async def _state(check: Check, *, details: bool) -> str:
         await asyncio.wait_for(check(), _CHECK_SECONDS)
     except NotReady as error:
         return str(error)[:200]
-    except (RPCError, RuntimeError, *UNAVAILABLE) as error:
+    except (DatabaseUnavailable, RPCError, RuntimeError, OSError, TimeoutError) as error:
         if not details:
             return "does not answer"
         return f"{type(error).__name__}: {str(error) or 'no answer in time'}"[:200]
@@ -116,8 +105,11 @@ def answer(states: dict[str, str]) -> JSONResponse:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, readiness: Readiness) -> AsyncIterator[None]:
+async def serving(settings: Settings, readiness: Readiness, sdk_url: str | None) -> AsyncIterator[None]:
     """Serve while the block runs, if the settings name a port.
+
+    Args:
+        sdk_url: where Temporal's SDK publishes its metrics for this process alone; they become part of the page.
 
     Raises:
         MetricsPortTaken: somebody else has it.
@@ -127,7 +119,7 @@ async def serving(settings: Settings, readiness: Readiness) -> AsyncIterator[Non
         return
     bound = _bind(settings.metrics_host, settings.metrics_port)
     sdk = httpx.AsyncClient(trust_env=False, verify=False, timeout=_SDK_SECONDS)  # noqa: S501 - plain HTTP, to itself
-    app = create_app(temporal.metrics_url(settings), sdk, readiness)
+    app = create_app(sdk_url, sdk, readiness)
     server = _Server(
         uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
     )
@@ -177,44 +169,6 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 # --- what is asked for readiness
-
-
-def require_servers(readiness: Readiness, pool: asyncpg.Pool, client: Client) -> None:
-    """Ask whether PostgreSQL answers and is migrated, and whether Temporal answers and has the namespace."""
-
-    async def database() -> None:
-        version = await schema_version(pool)
-        if version is None or version < SCHEMA_VERSION:
-            raise NotReady(f"the schema is at {version}, {SCHEMA_VERSION} is needed: trellis migrate")
-
-    identity = Identity(pool, client)
-
-    async def namespace() -> None:
-        await temporal.check(client)
-        try:
-            await identity.require()
-        except WrongNamespace as error:
-            raise NotReady(str(error)) from None
-        except UNAVAILABLE:
-            pass  # that is for the other check to tell
-
-    readiness.require("database", database)
-    readiness.require("temporal", namespace)
-
-
-def require_polling(readiness: Readiness, worker: Worker) -> None:
-    """Ask whether Temporal sees this process polling for both kinds of tasks: that takes a worker which runs, a
-    connection which works, and a server which knows both."""
-    for kind, name in versions.KINDS.items():
-        readiness.require(f"{name} on {worker.task_queue}", partial(_check_polling, worker, kind))
-
-
-async def _check_polling(worker: Worker, kind: TaskQueueType.ValueType) -> None:
-    if not worker.is_running:
-        raise NotReady("the worker is not running")
-    polling = await versions.pollers(worker.client, worker.task_queue, kind, timeout=_RPC_TIMEOUT)
-    if not any(poller.identity == worker.client.identity for poller in polling):
-        raise NotReady("Temporal sees no poller of this process")
 
 
 # --- one page from two sources: the product's registry, and the SDK's own exporter

@@ -6,13 +6,13 @@ An asyncio task that fails does so in silence, and whoever waits for what it del
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import structlog
 
-from app.db import pool as db
 from app.telemetry import metrics
 
 #: Seconds after which a task that fails counts as having worked before, and is attempted again soon.
@@ -31,15 +31,15 @@ async def keep_running(
         work: starts the task anew.
         failed: tells those who wait for what the task delivers.
     """
-    pauses = db.pauses()
+    between = pauses()
     while True:
         began = time.monotonic()
         try:
             await work()
         except Exception:
             if time.monotonic() - began > STABLE_AFTER:
-                pauses = db.pauses()
-            pause = next(pauses)
+                between = pauses()
+            pause = next(between)
             metrics.background_failed(name)
             log.exception("a background task failed", task=name, retry_in_seconds=pause)
             if failed is not None:
@@ -47,3 +47,9 @@ async def keep_running(
             await asyncio.sleep(pause)
         else:
             return
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between two tries: soon at first, then every five seconds."""
+    yield from (0.2, 0.4, 0.8, 1.6, 3.2)
+    yield from itertools.repeat(5.0)

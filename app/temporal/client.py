@@ -24,8 +24,8 @@ from temporalio.runtime import (
 )
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode, TLSConfig
 
-from app.db.pool import pauses
 from app.telemetry import traces
+from app.telemetry.supervision import pauses
 
 if TYPE_CHECKING:
     from app.settings import Settings

@@ -18,8 +18,9 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.service import RPCError
 
-from app.db.pool import UNAVAILABLE, pauses
+from app.db.pool import UNAVAILABLE
 from app.errors import WrongNamespace
+from app.telemetry.supervision import pauses
 
 if TYPE_CHECKING:
     import asyncpg

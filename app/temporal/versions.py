@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from temporalio.api.enums.v1 import (
@@ -31,12 +32,15 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import WorkerDeploymentConfig
 
 from app.errors import ServiceUnavailable
+from app.telemetry.probes import NotReady
 from app.temporal.client import is_unavailable
 
 if TYPE_CHECKING:
     from temporalio.client import Client
+    from temporalio.worker import Worker
 
     from app.settings import Settings
+    from app.telemetry.probes import Readiness
 
 #: What a worker polls for.
 KINDS: Final = {
@@ -47,6 +51,8 @@ KINDS: Final = {
 #: Seconds within which a poller that lives has polled again: a poll is answered after a minute at the latest.
 _POLL_SECONDS: Final = 75.0
 _RPC_TIMEOUT: Final = timedelta(seconds=5)
+#: A probe is answered within seconds.
+_PROBE_TIMEOUT: Final = timedelta(seconds=2)
 #: Seconds between two looks while a version comes up.
 _PAUSE: Final = 1.0
 
@@ -226,3 +232,18 @@ async def versions(client: Client, deployment: str) -> list[Version]:
 
 def _status(status: WorkerDeploymentVersionStatus.ValueType) -> str:
     return WorkerDeploymentVersionStatus.Name(status).removeprefix("WORKER_DEPLOYMENT_VERSION_STATUS_").lower()
+
+
+def require_polling(readiness: Readiness, worker: Worker) -> None:
+    """Ask whether Temporal sees this process polling for both kinds of tasks: that takes a worker which runs, a
+    connection which works, and a server which knows both."""
+    for kind, name in KINDS.items():
+        readiness.require(f"{name} on {worker.task_queue}", partial(_check_polling, worker, kind))
+
+
+async def _check_polling(worker: Worker, kind: TaskQueueType.ValueType) -> None:
+    if not worker.is_running:
+        raise NotReady("the worker is not running")
+    polling = await pollers(worker.client, worker.task_queue, kind, timeout=_PROBE_TIMEOUT)
+    if not any(poller.identity == worker.client.identity for poller in polling):
+        raise NotReady("Temporal sees no poller of this process")

@@ -12,9 +12,10 @@ import structlog
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
-from app.db.pool import pauses, wait_until_migrated
+from app.db.pool import wait_until_migrated
 from app.db.timeline import AttemptLog
 from app.telemetry import metrics, probes
+from app.telemetry.supervision import pauses
 from app.temporal import identity, runner, versions
 from app.temporal.client import connect, is_unavailable, wait_until_serving
 from app.temporal.interceptors import AttemptInterceptor
@@ -116,7 +117,7 @@ async def _serve(
     running = [asyncio.create_task(worker.run()) for worker in workers]
     services.readiness.forget("workers")
     for worker in workers:
-        probes.require_polling(services.readiness, worker)
+        versions.require_polling(services.readiness, worker)
     besides = asyncio.ensure_future(meanwhile())
     queues = [part.task_queue for part in parts]
     log.info("workers started", task_queues=queues)
