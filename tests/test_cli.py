@@ -182,16 +182,19 @@ async def test_cancel_and_address_are_answered(cli: Cli, api: httpx.AsyncClient,
     assert "  cancelled         cancelled before the charge\n" in watched.out
 
 
-async def test_a_note_keeps_its_odd_characters(cli: Cli, api: httpx.AsyncClient, order_id: str) -> None:
-    """U+2028 ends a line for much software, but not in an event stream; and it shall not on a terminal."""
-    note = "two\u2028lines, Zoë"
+async def test_a_note_that_cannot_be_seen_is_refused(cli: Cli, api: httpx.AsyncClient, order_id: str) -> None:
     await start(api, order_id)
-    rejected = await cli("order", "reject", order_id, "--note", note, "--json")
+    refused = await cli("order", "reject", order_id, "--note", "two\u2028lines", "--json")
+    assert refused.code == ExitCode.USAGE
+    assert "body.note: the character U+2028 is not allowed" in refused.err
+    rejected = await cli("order", "reject", order_id, "--note", "Zoë", "--json")
     assert rejected.json["order_id"] == order_id
-    as_json, text = await asyncio.gather(cli("order", "watch", order_id, "--json"), cli("order", "watch", order_id))
-    assert as_json.code == text.code == ExitCode.ENDED_OTHERWISE
-    assert json.loads(as_json.out.splitlines()[-1])["payload"]["note"] == note
-    assert "rejected by the review  “two�lines, Zoë”\n" in text.out
+    text = await cli("order", "watch", order_id)
+    assert "rejected by the review  “Zoë”\n" in text.out
+
+
+def test_what_events_of_before_hold_ends_no_line() -> None:
+    assert printable("two\u2028lines, Zoë") == "two�lines, Zoë"
 
 
 async def test_a_broken_connection_is_made_again(api_url: str, api: httpx.AsyncClient, order_id: str) -> None:

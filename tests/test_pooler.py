@@ -115,7 +115,8 @@ async def test_the_audit_and_reconcile_read_through_a_pooler(shop: Shop) -> None
     """What they print is theirs alone: that a pooler was seen is a line of the log."""
     for command in (("audit", "--no-temporal", "--json"), ("reconcile", "--json")):
         code, printed, logged = await trellis(environment(shop.settings, TRELLIS_LOG_LEVEL="info"), *command)
-        assert code == 0, (printed, logged)
+        # 1: orders of other tests, which may be on their way still, are left to `--apply`.
+        assert code == 0 or (code == 1 and command[0] == "reconcile"), (printed, logged)
         assert json.loads(printed)
         assert "TRELLIS_DATABASE_POOLER" in logged
 

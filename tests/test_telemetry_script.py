@@ -54,6 +54,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
     "trellis_db_pool_connections": ("gauge", {"state"}),
     "trellis_db_pool_waiters": ("gauge", set()),
     "trellis_event_streams": ("gauge", set()),
+    "trellis_event_streams_refused": ("counter", {"limit"}),
     "trellis_background_failures": ("counter", {"task"}),
     "trellis_reconciled_orders": ("counter", {"outcome"}),
     "trellis_sandbox_in_use": ("gauge", {"partner"}),
@@ -63,6 +64,7 @@ TABLE: dict[str, tuple[str, set[str]]] = {
 STILL = {
     "trellis_db_pool_waiters",
     "trellis_event_streams",
+    "trellis_event_streams_refused",
     "trellis_background_failures",
     "trellis_reconciled_orders",
 }
