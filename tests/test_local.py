@@ -39,6 +39,7 @@ from app.local.process import (
     check_port,
     command_line,
     free_port,
+    run_tool,
     until,
 )
 from app.local.stack import DataInUse, LocalStack, UsualPorts
@@ -416,21 +417,43 @@ def test_an_account_gets_the_smallest_right_that_leads_to_its_files(
     program.touch(0o755)
     data.mkdir(mode=0o700)
     stranger = privileges.Account("stranger", 54321, 54321)
-    everything = {Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE}
+    everything = set(Capability)
 
     def needed(*, having: set[Capability]) -> Capability | None:
         monkeypatch.setattr(privileges, "_permitted", lambda: sum(1 << capability for capability in having))
         return privileges.capability_for(stranger, program, data / "postgres")
 
     assert needed(having=everything) is Capability.DAC_READ_SEARCH
-    assert needed(having={Capability.DAC_OVERRIDE}) is Capability.DAC_OVERRIDE
-    with pytest.raises(LookupError, match=f"user stranger cannot enter {tmp_path}"):
-        needed(having=set())
+    assert needed(having=everything - {Capability.DAC_READ_SEARCH}) is Capability.DAC_OVERRIDE
+    for too_few in ({Capability.SETPCAP}, everything - {Capability.SETPCAP}):
+        with pytest.raises(LookupError, match=f"user stranger cannot enter {tmp_path}"):
+            needed(having=too_few)
     program.chmod(0o700)
     assert needed(having=everything) is Capability.DAC_OVERRIDE
     mine = privileges.Account("me", os.geteuid(), os.getegid())
     monkeypatch.setattr(privileges, "_may", lambda *_: True)
     assert privileges.capability_for(mine, program, data) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root gives rights to others")
+async def test_another_user_sees_programs_below_a_closed_directory(tmp_path: Path) -> None:
+    """As initdb does, which looks for `postgres` with access(2)."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    program = closed / "program"
+    program.touch(0o755)
+    account = privileges.account_for(tmp_path)
+    assert account
+    looks = "import os, sys; sys.exit(not os.access(sys.argv[1], os.R_OK | os.X_OK))"
+    capability = privileges.capability_for(account, program, tmp_path)
+    launch = Launch(
+        args=[sys.executable, "-c", looks, str(program)],
+        log=tmp_path / "log",
+        cwd=Path("/"),
+        account=account,
+        capability=capability,
+    )
+    await run_tool("looks", launch)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root gives rights to others")

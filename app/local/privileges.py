@@ -29,6 +29,8 @@ class Account:
 
 
 _PR_SET_KEEPCAPS = 8
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 4
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
@@ -41,6 +43,8 @@ class Capability(IntEnum):
     """Reading, writing and running whatever the modes of files say."""
     DAC_READ_SEARCH = 2
     """Reading files and entering directories whatever their modes say."""
+    SETPCAP = 8
+    """Saying how capabilities are counted; needed on the way only."""
 
 
 def account_for(data: Path) -> Account | None:
@@ -77,19 +81,20 @@ def capability_for(account: Account, program: Path, data: Path) -> Capability | 
     Raises:
         LookupError: it cannot reach them, and that right is not ours to give; the message says what is closed.
     """
-    closed = [
-        folder
+    to_program, to_data = (
+        [folder for folder in path.resolve().parents if not _may(account, folder, stat.S_IXUSR)]
         for path in (program, data)
-        for folder in path.resolve().parents
-        if not _may(account, folder, stat.S_IXUSR)
-    ]
+    )
+    closed = [*to_program, *to_data]
     runs = _may(account, program, stat.S_IRUSR | stat.S_IXUSR)
     if not closed and runs:
         return None
+    if (to_program or not runs) and not _has(Capability.SETPCAP):
+        raise LookupError(f"user {account.name} cannot enter {to_program[0] if to_program else program}")
     # The smaller right does not cover running what is not marked as a program for the account.
     wanted = [Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE] if runs else [Capability.DAC_OVERRIDE]
     for capability in wanted:
-        if _permitted() >> capability & 1:
+        if _has(capability):
             return capability
     raise LookupError(f"user {account.name} cannot enter {closed[0] if closed else program}")
 
@@ -103,16 +108,32 @@ def reduction_to(capability: Capability) -> Callable[[], None]:
     """What a child runs, after it has changed its user, to have this capability and no other, also past `exec`."""
     libc = ctypes.CDLL(None, use_errno=True)  # here: a forked child of a threaded process must not load anything
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
-    only = 1 << capability
     # Effective, permitted, inheritable; twice, for the lower and the upper 32.
-    sets = (ctypes.c_uint32 * 6)(only, only, only, 0, 0, 0)
+    only = (ctypes.c_uint32 * 6)(*[1 << capability] * 3, 0, 0, 0)
+    with_setpcap = (ctypes.c_uint32 * 6)(*[1 << capability | 1 << Capability.SETPCAP] * 3, 0, 0, 0)
+    may_say_how = _has(Capability.SETPCAP)
 
     def reduce() -> None:
-        failed = libc.capset(header, sets) or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, int(capability), 0, 0)
+        failed = 0
+        if may_say_how:
+            # PostgreSQL's programs look for each other with access(2), which counts no capability of a user other
+            # than root, unless it is told to.
+            failed = libc.capset(header, with_setpcap) or libc.prctl(
+                _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0
+            )
+        failed = (
+            failed
+            or libc.capset(header, only)
+            or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, int(capability), 0, 0)
+        )
         if failed:
             raise OSError(ctypes.get_errno(), "the kernel does not pass on a capability")
 
     return reduce
+
+
+def _has(capability: Capability) -> bool:
+    return bool(_permitted() >> capability & 1)
 
 
 def _permitted() -> int:
