@@ -32,6 +32,7 @@ done
 before=$(restarts)
 k delete statefulset trellis-postgresql --cascade=orphan >/dev/null
 upgrade "$IMAGE" --set postgresql.persistence.size=9Gi
+equal "$(restarts)" "$before" "the pod of PostgreSQL, which has another StatefulSet"
 equal "$(k get statefulset trellis-postgresql --output 'jsonpath={.spec.volumeClaimTemplates[0].spec.resources.requests.storage}')" 9Gi "the volume asked for"
 helm test trellis --namespace "$NS" --timeout 3m >"$WORK/test" 2>&1 || { cat "$WORK/test"; fail "helm test with the new StatefulSet"; }
 equal "$(sql "SELECT count(*) FROM orders")" 2 "orders in the volume"
