@@ -123,13 +123,21 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* CAs and certificates, as a list of {name, sources}; each is mounted at /etc/trellis/<name>. */}}
+{{/* CAs, certificates, passwords and tokens, as a list of {name, sources}; each is mounted at /etc/trellis/<name>. */}}
 {{- define "trellis.secretVolumes" -}}
+{{- if .postgresql }}
 {{- $database := .root.Values.database -}}
-{{- if and .postgresql $database.caSecret }}
+{{- $login := include "trellis.databaseLogin" (dict "root" .root "role" .postgresql) | fromJson -}}
+{{- if or $database.caSecret (not $login.urlKey) }}
 - name: postgresql
   sources:
-    - secret: {name: {{ $database.caSecret }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
+    {{- with $database.caSecret }}
+    - secret: {name: {{ . }}, items: [{key: {{ $database.caKey }}, path: {{ $database.caKey }}}]}
+    {{- end }}
+    {{- if not $login.urlKey }}
+    - secret: {name: {{ $login.secret }}, items: [{key: {{ $login.passwordKey }}, path: password}]}
+    {{- end }}
+{{- end }}
 {{- end }}
 {{- if .temporal }}
 {{- include "trellis.credentials" (list "temporal" (dict "tls" .root.Values.temporalClient.tls)) }}

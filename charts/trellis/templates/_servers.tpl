@@ -52,8 +52,8 @@
 {{- end -}}
 {{- end }}
 
-{{/* Environment for PostgreSQL. (dict "root" $ "role" "app"|"migrate") */}}
-{{- define "trellis.databaseEnv" -}}
+{{/* Who connects to PostgreSQL, and which keys of which Secret open it. (dict "root" $ "role" "app"|"migrate") */}}
+{{- define "trellis.databaseLogin" -}}
 {{- $v := .root.Values -}}
 {{- $own := $v.migration -}}
 {{- $secret := include "trellis.migrationSecret" .root -}}
@@ -63,17 +63,22 @@
 {{- $secret = include "trellis.databaseSecret" .root -}}
 {{- $url = $own.urlKey -}}
 {{- end -}}
-{{- $database := $v.database -}}
+{{ dict "user" $own.user "secret" $secret "passwordKey" $own.passwordKey "urlKey" $url | toJson }}
+{{- end }}
+
+{{/* Environment for PostgreSQL. The dict as above. */}}
+{{- define "trellis.databaseEnv" -}}
+{{- $database := .root.Values.database -}}
+{{- $login := include "trellis.databaseLogin" . | fromJson -}}
 - name: TRELLIS_DATABASE_URL
-  {{- if $url }}
-  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $url }}}}
+  {{- if $login.urlKey }}
+  valueFrom: {secretKeyRef: {name: {{ $login.secret }}, key: {{ $login.urlKey }}}}
   {{- else }}
-  value: postgresql://{{ $own.user | urlquery | replace "+" "%20" }}@{{ include "trellis.databaseHost" .root }}:{{ $database.port }}/{{ $database.name | urlquery | replace "+" "%20" }}?sslmode={{ include "trellis.sslMode" .root }}{{ with include "trellis.sslRootCert" .root }}&sslrootcert={{ . }}{{ end }}
-# Not in the URL, where a password would have to be escaped; asyncpg and libpq read it.
-- name: PGPASSWORD
-  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $own.passwordKey }}}}
+  value: postgresql://{{ $login.user | urlquery | replace "+" "%20" }}@{{ include "trellis.databaseHost" .root }}:{{ $database.port }}/{{ $database.name | urlquery | replace "+" "%20" }}?sslmode={{ include "trellis.sslMode" .root }}{{ with include "trellis.sslRootCert" .root }}&sslrootcert={{ . }}{{ end }}
+# A file, which is read anew for each connection: a password that is replaced needs no new pods.
+- {name: TRELLIS_DATABASE_PASSWORD_FILE, value: /etc/trellis/postgresql/password}
   {{- end }}
-{{- if $url }}
+{{- if $login.urlKey }}
 # Where the URL says nothing of it.
 - {name: PGSSLMODE, value: {{ include "trellis.sslMode" .root }}}
 {{- with include "trellis.sslRootCert" .root }}

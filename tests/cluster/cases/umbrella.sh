@@ -17,15 +17,12 @@ printf '%s\n' "$one" >"$WORK/one.yaml"
 began=$(seconds)
 helm install shop "$umbrella" --namespace "$NS" --wait --timeout 8m >"$WORK/umbrella.log" 2>&1 || { cat "$WORK/umbrella.log"; fail "helm install of the umbrella"; }
 say "helm install --wait of both aliases: $(since "$began") s"
-VALUES=$WORK/one.yaml
-install
+VALUES=$WORK/one.yaml install
 for release in shop trellis; do
   helm test "$release" --namespace "$NS" --timeout 4m >"$WORK/test" 2>&1 || { cat "$WORK/test"; fail "helm test $release"; }
 done
 # One order each, by `helm test`, and none in another's books.
 for database in shop-east-postgresql-0 shop-west-postgresql-0 trellis-postgresql-0; do
-  DATABASE="$NS $database"
-  equal "$(sql 'SELECT count(*) FROM orders')" 1 "orders in $database"
+  equal "$(DATABASE="$NS $database" sql 'SELECT count(*) FROM orders')" 1 "orders in $database"
 done
-DATABASE=
 remove_namespace "$NS"
