@@ -17,6 +17,9 @@ from app.failpoints import NAMES, Action, arm, reach
 
 APP = Path(failpoints.__file__).parent
 
+#: `locate` only reads. What `reconcile` changes goes through the activities and repositories of the others.
+WITHOUT_EFFECT = {"locate", "reconcile"}
+
 
 @pytest.fixture(autouse=True)
 def disarmed() -> Iterator[None]:
@@ -121,3 +124,13 @@ def test_no_workflow_has_one() -> None:
 def test_every_name_is_in_the_documents() -> None:
     documented = (APP.parent / "docs/reliability.md").read_text()
     assert [name for name in NAMES if f"`{name}`" not in documented] == []
+
+
+def test_every_activity_that_has_an_effect_has_one_before_its_news() -> None:
+    activities = [
+        name
+        for file in APP.glob("*/activities.py")
+        for name in re.findall(r"@activity\.defn\n +async def (\w+)", file.read_text())
+    ]
+    named = {name.split(".")[0] for name in NAMES if name.endswith(".before_reply")}
+    assert set(activities) - named == WITHOUT_EFFECT

@@ -71,12 +71,16 @@ class OrderActivities:
     @activity.defn
     async def reopen_review(self, request: ReopenReview) -> None:
         """Ask for another review of an order that has changed since the first; it keeps its step."""
+        reach("reopen_review.before_write")
         await self._orders.reopen_review(request, _key("reopened"))
+        reach("reopen_review.before_reply")
 
     @activity.defn
     async def settle_review(self, decision: ReviewDecision) -> None:
         """Write down what that review has decided."""
+        reach("settle_review.before_write")
         await self._orders.settle_review(decision, _key("decided"))
+        reach("settle_review.before_reply")
 
     @activity.defn
     async def note(self, note: NoteRequest) -> None:

@@ -14,6 +14,8 @@ import httpx
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from app.domain.steps import FINAL_STEPS
+
 ADDRESS: Final = {"line1": "1 Main St", "city": "Springfield", "state": "IL", "zip": "62701"}
 
 #: Seconds a caller keeps repeating a call that got no answer.
@@ -40,6 +42,8 @@ class Customers:
     """Starts orders and acts on them. Everything random comes from one seeded source, in a fixed order."""
 
     url: str
+    #: An API beside it that starts orders whose address is reviewed again when it changes after the approval.
+    reviewing_url: str
     temporal: Client
     dice: Random
     prefix: str
@@ -92,13 +96,13 @@ class Customers:
 
     # --- calls, repeated until somebody answers
 
-    async def call(self, method: str, path: str, body: Any = None) -> int:
+    async def call(self, method: str, path: str, body: Any = None, *, base: str = "") -> int:
         """The status of an answer that is one: refused connections, lost replies and 503 are asked again."""
         assert self._client
         deadline, pause = time.monotonic() + PATIENCE, 0.2
         while True:
             try:
-                response = await self._client.request(method, path, json=body)
+                response = await self._client.request(method, base + path, json=body)
             except httpx.HTTPError as error:
                 self.answers[type(error).__name__] += 1
             else:
@@ -112,10 +116,10 @@ class Customers:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 3.0)
 
-    async def start(self, promise: Promise, payment_id: str | None = None, **more: Any) -> int:
+    async def start(self, promise: Promise, payment_id: str | None = None, *, base: str = "", **more: Any) -> int:
         """`POST …/start`, with a generous review unless the story names its own."""
         body = {"payment_id": payment_id or f"pay-{promise.order_id}", "review_timeout_seconds": 60} | more
-        status = await self.call("POST", f"/orders/{promise.order_id}/start", body)
+        status = await self.call("POST", f"/orders/{promise.order_id}/start", body, base=base)
         promise.accepted = promise.accepted or status == 202
         return status
 
@@ -137,18 +141,31 @@ class Customers:
 
     async def until(self, promise: Promise, *steps: str, seconds: float = 60) -> str:
         """Wait until the order is at one of the steps."""
+        found = await self._seen(f"/orders/{promise.order_id}/status", lambda it: it.get("step") in steps, seconds)
+        return str(found["step"])
+
+    async def reviewed_again(self, promise: Promise, *, seconds: float = 90) -> bool:
+        """Whether the order, which was approved, comes to another review; else it has ended or is being shipped."""
+        past = {"prepared", *FINAL_STEPS}
+        found = await self._seen(
+            f"/orders/{promise.order_id}", lambda it: it.get("reopened_for") or it.get("step") in past, seconds
+        )
+        return bool(found.get("reopened_for"))
+
+    async def _seen(self, path: str, enough: Callable[[dict[str, Any]], object], seconds: float) -> dict[str, Any]:
+        """Ask until the answer is enough."""
         assert self._client
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
-                response = await self._client.get(f"/orders/{promise.order_id}/status")
-                step = response.json().get("step", "") if response.status_code == 200 else ""
+                response = await self._client.get(path)
+                found = response.json() if response.status_code == 200 else {}
             except (httpx.HTTPError, ValueError):
-                step = ""
-            if step in steps:
-                return str(step)
+                found = {}
+            if enough(found):
+                return dict(found)
             await asyncio.sleep(0.3)
-        raise TimeoutError(promise.order_id)
+        raise TimeoutError(path)
 
 
 Story = Callable[[Customers, Promise, Random], Awaitable[None]]
@@ -251,6 +268,23 @@ async def move_house(customers: Customers, promise: Promise, dice: Random) -> No
     await customers.call("PUT", path, ADDRESS | {"line1": "4 Fir St"})
 
 
+async def second_review(customers: Customers, promise: Promise, dice: Random) -> None:
+    """The address changes after the approval, where that asks for another review; the clerk decides once more."""
+    slow = f"pay-slow-{promise.order_id}"
+    await customers.start(
+        promise, payment_id=slow, address=ADDRESS, review_timeout_seconds=120, base=customers.reviewing_url
+    )
+    # Signals: unlike updates they need no worker that answers, and so both are there while the charge is made.
+    await customers.signal(promise, "approve")
+    await customers.signal(promise, "address", ADDRESS | {"line1": "5 Ash St"})
+    if not await customers.reviewed_again(promise):
+        return
+    if dice.random() < 0.7:
+        await customers.signal(promise, "approve")
+    else:
+        await customers.review(promise, dice.choice(["approve", "reject"]))
+
+
 async def duel(customers: Customers, promise: Promise, dice: Random) -> None:
     """Approval, cancellation, address and the timer, all at once."""
     await customers.start(promise, review_timeout_seconds=1)
@@ -315,6 +349,8 @@ LEADS_TO: Final = {
     "validate": ("reject",),
     "close": ("reject", "cancel_early"),
     "change_address": ("move_house",),
+    "reopen_review": ("second_review",),
+    "settle_review": ("second_review",),
     "note": ("impatient",),
     "charge": ("plain", "pay-decline"),
     "refund": ("undeliverable", "cancel_charge"),
@@ -338,6 +374,7 @@ STORIES: Final[dict[str, tuple[float, Story]]] = {
     "cancel_shipping": (11, cancel_shipping),
     "undeliverable": (5, undeliverable),
     "move_house": (8, move_house),
+    "second_review": (5, second_review),
     "duel": (5, duel),
     "crowd": (0.5, crowd),
     "same_payment": (2, same_payment),

@@ -24,7 +24,7 @@ from tests.faults.orders import LEADS_TO, STORIES, Customers
 from tests.faults.stack import Stack, eventually
 
 #: After the storm, stories go on without faults until the missing failpoints were hit, at most so many seconds.
-COVERAGE_EXTRA = 180.0
+COVERAGE_EXTRA = 240.0
 
 #: Seconds between two kills of everything that leave no time to recover: the second one hits the recovery.
 RECOVERY = (1.0, 6.0)
@@ -171,7 +171,7 @@ class Run:
     async def _customers(self, stack: Stack, prefix: str, seed: float = 0.0) -> Customers:
         temporal = await Client.connect(stack.temporal.address, data_converter=pydantic_data_converter)
         dice = Random(f"{self._plan.seed} stories {seed}")
-        return Customers(url=stack.api_url, temporal=temporal, dice=dice, prefix=prefix)
+        return Customers(stack.api_url, stack.reviewing_url, temporal, dice, prefix)
 
     async def _arrivals(self, stack: Stack, customers: Customers) -> None:
         """Orders at the rate asked for, as long as no more are open than asked for: a queue that only grows would

@@ -179,7 +179,7 @@ _Play = Callable[["Fault", "Stack", "Customers"], Awaitable[None]]
 
 #: Every kind: whom it may hit, for how long, and what happens.
 FAULTS: Final[dict[str, tuple[tuple[str, ...], tuple[float, float], _Play]]] = {
-    "kill -9": (("api", "sandbox"), (0, 0), _kill),
+    "kill -9": (("api", "api-reviewing", "sandbox"), (0, 0), _kill),
     "kill -9 orders": (("orders-1", "orders-2"), (0, 0), _kill),
     "kill -9 shipping": (("shipping-1", "shipping-2"), (0, 0), _kill),
     "kill -9 of all of": (("postgres",), (0, 0), _postgres_kill),

@@ -16,6 +16,7 @@ from random import Random
 import httpx
 
 from app import failpoints
+from app.cli.client import ExitCode
 from app.local.postgres import LocalPostgres
 from app.local.process import Launch, LocalError, ServerProcess, free_port
 from app.local.temporal import LocalTemporal
@@ -55,7 +56,7 @@ class Member:
 
 
 class Stack:
-    """PostgreSQL, Temporal, the sandbox, an API and two workers on each queue."""
+    """PostgreSQL, Temporal, the sandbox, two APIs with settings of their own, and two workers on each queue."""
 
     def __init__(self, data: Path, dice: Random, say: Callable[[str], None], *, arm: bool = True) -> None:
         self.data = data
@@ -70,6 +71,7 @@ class Stack:
         self.proxies: dict[str, Proxy] = {}
         self.members: dict[str, Member] = {}
         self.api_port = free_port()
+        self.reviewing_port = free_port()
         self.sandbox_port = free_port()
         self._dice = dice
         self._say = say
@@ -79,6 +81,11 @@ class Stack:
     def api_url(self) -> str:
         """The API, without a proxy: whether it answers is for its clients to find out."""
         return f"http://127.0.0.1:{self.api_port}"
+
+    @property
+    def reviewing_url(self) -> str:
+        """The API that asks for another review of an address that changes after the approval."""
+        return f"http://127.0.0.1:{self.reviewing_port}"
 
     @property
     def database_url(self) -> str:
@@ -176,7 +183,8 @@ class Stack:
         member.ends.append(code)
         self.deaths += code == failpoints.EXIT_CODE
         tail = member.process.tail() if member.process else ""
-        if code not in _EXPECTED_ENDS and not (code == 1 and any(words in tail for words in _GAVE_UP_AT_START)):
+        gave_up = code == ExitCode.UNAVAILABLE and any(words in tail for words in _GAVE_UP_AT_START)
+        if code not in _EXPECTED_ENDS and not gave_up:
             self.surprises.append(f"{member.name} ended by itself with code {code}:\n{tail}")
 
     async def _restart_the_dead(self) -> None:
@@ -248,6 +256,8 @@ class Stack:
     def _make_members(self) -> None:
         self._add("sandbox", ["sandbox", "--port", str(self.sandbox_port)], self.env(direct=True))
         self._add("api", ["api", "--port", str(self.api_port)], self.env())
+        reviewing = self.env() | {"TRELLIS_ADDRESS_AFTER_REVIEW": "review"}
+        self._add("api-reviewing", ["api", "--port", str(self.reviewing_port)], reviewing)
         for number in (1, 2):
             self._add(f"orders-{number}", ["worker", "default"], self.env(queue="default"), "default")
             self._add(f"shipping-{number}", ["worker", "shipping"], self.env(queue="shipping"), "shipping")

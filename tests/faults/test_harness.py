@@ -146,7 +146,7 @@ async def test_an_act_does_what_it_says(settings: Settings, kind: str) -> None:
         order = await shop.order()
         await order.reaches(Step.AWAITING_REVIEW)
         promise = Promise(order.id, "plain", accepted=True)
-        customers = Customers("", shop.client, Random("1"), "o", promises={order.id: promise})
+        customers = Customers("", "", shop.client, Random("1"), "o", promises={order.id: promise})
         before = await order.workflow.describe()
         act = acts.Act(0, kind, "order", which=0.5, how_far=0.99)
         told = await acts.ACTS[kind](act, None, customers)  # type: ignore[arg-type] - no stack is needed for these
