@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,6 +186,14 @@ WRONG = {
 @pytest.mark.parametrize("variable", WRONG)
 def test_a_wrong_setting_is_named(trellis: Trellis, variable: str) -> None:
     one_line(trellis("api", **{variable: WRONG[variable]}), variable)
+
+
+@pytest.mark.parametrize("command", ["api", "sandbox"])
+def test_a_taken_port_is_not_an_order_that_refuses(trellis: Trellis, command: str) -> None:
+    """uvicorn's own code for it is 3, which is ours for orders."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = trellis(command, "--port", str(taken.getsockname()[1]), TRELLIS_API_HOST="127.0.0.1")
+    assert (ended.code, "Traceback" in ended.err) == (UNAVAILABLE, False)
 
 
 async def test_uvicorn_ends_likewise() -> None:

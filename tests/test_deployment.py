@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -12,9 +13,8 @@ from typing import Any
 import pytest
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, ScheduleActionExecutionStartWorkflow
-from typer.testing import CliRunner
 
-from app.cli.main import app
+from app.cli.main import run_command
 from app.domain.steps import Step
 from app.errors import SettingsError
 from app.reconcile.models import ReconcileReport, ReconcileRequest
@@ -235,7 +235,9 @@ async def test_the_commands_go_by_the_variables_of_the_worker_controller(shop: S
         assert (shown["build_id"], shown["state"]) == ("v1", "current")
 
 
-def test_what_is_missing_is_asked_for(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_asked_for(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRELLIS_TEMPORAL_ADDRESS", shop.settings.temporal_address)
     for arguments, code, said in (
         (["promote"], 2, "TEMPORAL_WORKER_BUILD_ID"),
@@ -243,10 +245,11 @@ def test_what_is_missing_is_asked_for(shop: Shop, monkeypatch: pytest.MonkeyPatc
         (["promote", "--build-id", "v1", "--unversioned"], 2, "exclude each other"),
         (["show"], 2, "TEMPORAL_DEPLOYMENT_NAME"),
         (["show", "--name", "nobody-has-this"], 1, "no Worker Deployment found"),
-        (["promote", "--name", "a.b", "--build-id", "v1", "--timeout", "6"], 1, "no worker of a.b:v1"),
+        (["promote", "--name", "a.b", "--build-id", "v1", "--timeout", "6"], 4, "no worker of a.b:v1"),
     ):
-        result = CliRunner().invoke(app, ["deployment", *arguments])
-        assert (result.exit_code, said in f"{result.output}{result.exception}") == (code, True), result.output
+        monkeypatch.setattr(sys, "argv", ["trellis", "deployment", *arguments])
+        ended, told = run_command(), capsys.readouterr().err
+        assert (ended, said in told) == (code, True), told
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def audit(
     reported.
 
     Exit codes: 0 everything was looked at and is right; 1 violations, also those that could not be looked at a second
-    time and are marked unconfirmed; 2 wrong usage; 4 incomplete: something did not answer, and nothing wrong was found
-    in the rest.
+    time and are marked unconfirmed; 2 wrong usage, or another system's Temporal; 4 incomplete: something did not
+    answer, and nothing wrong was found in the rest; or a setting is wrong.
     """
     from app.audit.auditor import Options
     from app.settings import load

@@ -41,9 +41,9 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODES: Final = (
-    "Exit codes: 0 ok; 1 an order ended otherwise than well (watch, demo); 2 wrong usage, or a value the API refuses "
-    "(422); 3 the order is unknown or can no longer take this (404, 409); 4 the API or a server behind it is not "
-    "available, takes no more for a while (429), or a setting is wrong."
+    "Exit codes: 0 ok; 1 an order ended otherwise than well (watch, demo, load); 2 wrong usage, or a value the API "
+    "refuses (422); 3 the order is unknown or can no longer take this (404, 409); 4 the API or a server behind it is "
+    "not available, takes no more for a while (429), or a setting is wrong; 130 interrupted (load)."
 )
 
 

@@ -143,7 +143,7 @@ def demo(
     refused, and nobody is charged.
 
     A call that gets no answer is repeated as it is: that charges nobody twice, also while something restarts.
-    Exit code 1 means that an order ended otherwise than its scenario says.
+    An order that ends otherwise than its scenario says has not ended well.
     """
     _reach(url, wait)
     report = Report(list(_plan(orders, mix)))

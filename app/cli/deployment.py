@@ -36,8 +36,8 @@ def promote(
     The current version gets the orders that begin, and those on their way that are not pinned to another. Repeating
     this is harmless, and promoting an older version is how one goes back.
 
-    Exit codes: 0 it is current; 2 wrong usage; 4 it could not be made so in time, or Temporal did not
-    answer or refuses.
+    Exit codes: 0 it is current; 2 wrong usage; 4 it could not be made so in time, Temporal did not answer or refuses,
+    or a setting is wrong.
     """
     from app.settings import load
     from app.temporal.versions import Promotion
@@ -59,7 +59,8 @@ def show(name: Name = None, as_json: AsJson = False) -> None:
 
     `draining`: no longer current, and orders are still pinned to it; once `drained`, its workers may go.
 
-    Exit codes: 0 ok; 1 there is no such deployment; 2 wrong usage; 4 Temporal did not answer.
+    Exit codes: 0 ok; 1 there is no such deployment; 2 wrong usage; 4 Temporal did not answer, or a
+    setting is wrong.
     """
     from app.settings import load
 

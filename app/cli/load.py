@@ -93,8 +93,8 @@ def load(
     Half of them are approved and shipped; the others expire, are cancelled or declined, meet a flaky provider, or are
     refunded because the carrier refuses the address, a tenth each.
 
-    Ctrl-C starts no more and waits for those on their way; a second one leaves them to themselves (exit code 130).
-    Exit code 1 means that an order ended otherwise than its scenario says, or did not end in time.
+    Ctrl-C starts no more and waits for those on their way; a second one leaves them to themselves, which is the exit
+    code's "interrupted". An order that ends otherwise than its scenario says, or not in time, has not ended well.
     """
     with connect(url) as api:
         api.get("/orders", limit=1)  # rather one line now than one for every order

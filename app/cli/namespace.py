@@ -25,8 +25,8 @@ app = typer.Typer(no_args_is_help=True, help="Which Temporal namespace the datab
 def show() -> None:
     """Show the ids of the namespace that the database belongs to, and of the one that is configured.
 
-    Exit codes: 0 they are the same, or no worker has started yet; 1 they differ; 4 PostgreSQL or Temporal did not
-    answer.
+    Exit codes: 0 they are the same, or no worker has started yet; 1 they differ; 2 wrong usage; 4 PostgreSQL or
+    Temporal did not answer, or a setting is wrong.
     """
     bound, found = _carried_out(_both)
     output.table(("", "ID"), [("the database belongs to", bound or "none yet"), ("configured", found)])
@@ -43,7 +43,8 @@ def bind(
     cancels and refunds it, after a question (`--accept-unknown`). Workflows of these orders that still run in the other
     namespace must be ended there first, or both will act. Restart workers and API afterwards.
 
-    Exit codes: 0 it is done, or was so before; 2 not confirmed; 4 PostgreSQL or Temporal did not answer.
+    Exit codes: 0 it is done, or was so before; 2 wrong usage, or not confirmed; 4 PostgreSQL or Temporal did not
+    answer, or a setting is wrong.
     """
     bound, found = _carried_out(_both)
     if bound == found:

@@ -104,6 +104,9 @@ def run(
     """Run PostgreSQL, Temporal, the API and both workers, until Ctrl-C.
 
     Everything it starts is real, needs no Docker, and ends with it. Orders survive in --data.
+
+    Exit codes: 0 stopped; 1 something did not start, or ended by itself; 2 wrong usage; 4 a setting is wrong; 130
+    stopped by force.
     """
     options = Options(
         data=None if ephemeral else data,

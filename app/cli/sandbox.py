@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.cli.serve import not_started_is_unavailable
+
 if TYPE_CHECKING:
     from app.settings import Settings
 
@@ -24,12 +26,16 @@ def sandbox(
         ),
     ] = None,
 ) -> None:
-    """Serve the sandbox payment provider (/payments) and carrier (/carrier)."""
+    """Serve the sandbox payment provider (/payments) and carrier (/carrier).
+
+    Exit codes: 0 stopped; 2 wrong usage; 4 the port is taken, or a setting is wrong.
+    """
     from app.settings import load
 
     # By way of the settings, which say what is wrong with a URL.
     settings = load(**({"sandbox_database_url": database_url} if database_url else {}))
-    asyncio.run(_serve(host, port, settings))
+    with not_started_is_unavailable():
+        asyncio.run(_serve(host, port, settings))
 
 
 async def _serve(host: str, port: int, settings: Settings) -> None:

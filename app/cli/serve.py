@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.cli.client import ExitCode
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import uvicorn
 
     from app.settings import Settings
@@ -32,7 +36,10 @@ def api(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: TRELLIS_API_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [default: TRELLIS_API_PORT]")] = None,
 ) -> None:
-    """Serve the HTTP API, without workers."""
+    """Serve the HTTP API, without workers.
+
+    Exit codes: 0 stopped; 2 wrong usage; 4 the port is taken, or a setting is wrong.
+    """
     _end_on_sigterm()
     settings = _settings(host, port, partners=True)
     from app.api import create_app
@@ -44,7 +51,11 @@ def run_all(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: TRELLIS_API_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [default: TRELLIS_API_PORT]")] = None,
 ) -> None:
-    """Migrate if needed, then serve the API and work on both task queues, all in this process."""
+    """Migrate if needed, then serve the API and work on both task queues, all in this process.
+
+    Exit codes: 0 stopped; 1 the workers failed; 2 wrong usage; 4 PostgreSQL refuses, the port is taken, or a setting
+    is wrong.
+    """
     _end_on_sigterm()
     settings = _settings(host, port, partners=True)
     from app.db import pool as db
@@ -119,16 +130,32 @@ def run_server(config: uvicorn.Config) -> None:
         with contextlib.suppress(OSError):
             sockets = [hosts.bind(config.host, config.port)]
     server = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), not_started_is_unavailable():
         server.run(sockets)
     if not server.started:
-        sys.exit(uvicorn.config.STARTUP_FAILURE)
+        sys.exit(ExitCode.UNAVAILABLE)
+
+
+@contextlib.contextmanager
+def not_started_is_unavailable() -> Iterator[None]:
+    """End with our code for it when uvicorn does not start; its own is what we say of an order that refuses."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    try:
+        yield
+    except SystemExit as exit_:
+        if exit_.code == STARTUP_FAILURE:
+            raise SystemExit(ExitCode.UNAVAILABLE) from None
+        raise
 
 
 def worker(
     queue: Annotated[Queue, typer.Argument(help="`default`: orders and payments; `shipping`: parcels.")],
 ) -> None:
-    """Work on one task queue. SIGTERM lets running attempts finish, then ends with exit code 0."""
+    """Work on one task queue. SIGTERM lets running attempts finish.
+
+    Exit codes: 0 stopped; 2 wrong usage; 4 PostgreSQL or Temporal refuses, or a setting is wrong.
+    """
     _end_on_sigterm()
     import uvloop
 
@@ -151,7 +178,11 @@ async def _work(settings: Settings, queue: Queue) -> None:
 def migrate(
     wait: Annotated[bool, typer.Option(help="Wait for PostgreSQL to answer; otherwise fail at once.")] = True,
 ) -> None:
-    """Bring the database's schema to this release's. Repeating it is harmless."""
+    """Bring the database's schema to this release's. Repeating it is harmless.
+
+    Exit codes: 0 it is there; 2 wrong usage; 4 PostgreSQL did not answer or refuses, or a setting is wrong; 143 ended
+    by SIGTERM.
+    """
     _end_on_sigterm(128 + signal.SIGTERM)  # not 0: whoever waits for the migration must not take it for done
     from app.db import pool as db
 
