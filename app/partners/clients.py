@@ -91,7 +91,7 @@ async def open_partners(settings: Settings) -> AsyncIterator[Partners]:
             # A command that has set up no logging has its report on standard output.
             if structlog.is_configured():
                 stands_in = [each.name for each in (settings.payment, settings.carrier) if each.url is None]
-                log.warning("the sandbox stands in for a partner: it moves no money and sends no parcel", partners=stands_in)
+                log.warning("the sandbox stands in: it moves no money and sends no parcel", partners=stands_in)
         payment = _client(settings.payment, sandbox, "/payments", settings.partner_timeout)
         carrier = _client(settings.carrier, sandbox, "/carrier", settings.partner_timeout)
         yield Partners(await stack.enter_async_context(payment), await stack.enter_async_context(carrier))
