@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from app.domain.steps import FINAL_STEPS, Step
-from app.payment.models import PaymentStatus
+from app.domain.steps import FINAL_STEPS, PaymentStatus, Step
 from app.telemetry.metrics import ORDERS_CLOSED, ORDERS_STARTED, PAYMENTS, REFUNDS, SIGNALS, STEP_DURATION
 from dashboards.src.board import RELEASE, Board, Query, percentiles, quantile, rate, ratio, select
 from dashboards.src.names import buckets, count, counter, gauge
