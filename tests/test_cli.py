@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 from app.cli import main, order
 from app.cli.client import CallFailed, ExitCode, ServerSent, answer, connect, server_sent
 from app.cli.demo import percentile
-from app.cli.output import printable
 from app.cli.timeline import tell
+from app.domain.text import printable
 from app.local.process import free_port
 from tests.support import until_step
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from app.domain.steps import FINAL_STEPS, Step
+from app.domain.text import printable
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -98,11 +99,6 @@ def moment(time: datetime | None) -> str:
     offset = f"{local:%z}" if local.utcoffset() else "Z"
     clock = f"{local:%H:%M:%S}.{local.microsecond // 1000:03}{offset}"
     return clock if local.date() == datetime.now(local.tzinfo).date() else f"{local:%Y-%m-%d} {clock}"
-
-
-def printable(text: str) -> str:
-    """Without what would steer the terminal: notes and reasons are written by strangers."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _aligned(rows: Sequence[Row]) -> None:

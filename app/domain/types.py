@@ -8,6 +8,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, StringConstraints
 
+from app.domain.text import printable
+
 #: Ids that callers choose: safe in a path, in a workflow id and in a log.
 IDENTIFIER: Final = r"^[A-Za-z0-9._-]+$"
 
@@ -69,7 +71,7 @@ def _is_seen(char: str) -> bool:
 
 def shown(name: str) -> str:
     """A name that a caller chose, fit to be repeated: not at any length, and nothing that cannot be seen."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name[:MAX_NAME])
+    return printable(name[:MAX_NAME])
 
 
 #: One line, not blank, by the rule that recorded histories were decided by.
